@@ -1,0 +1,195 @@
+"""``seqkern::rnn_forward`` and ``seqkern::rnn_backward``: one recurrent layer, in one direction or in both.
+
+Three forms, told apart by ``input.dim()`` and ``batch_sizes`` (sizes as in `seqkern.spec.scan`):
+
+====== ========================= ==================== ============= =========== ===========
+form   input                     hx, cx               output        h_n         c_n
+====== ========================= ==================== ============= =========== ===========
+dense  [T, B, I]                 [D, B, P], [D, B, H] [T, B, D*P]   [D, B, P]   [D, B, H]
+packed [N, I], batch_sizes [T]   [D, B, P], [D, B, H] [N, D*P]      [D, B, P]   [D, B, H]
+step   [B, I]                    [B, P], [B, H]       [B, P]        [0]         [B, H]
+====== ========================= ==================== ============= =========== ===========
+
+What does not exist (c_n of a cell other than lstm, the gradient of an absent bias, …) is a tensor of shape [0].
+The compiled library adds the implementations; the schemas, the shapes and the gradients stand here.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seqkern import spec
+
+TENSORS = (
+    "input batch_sizes hx cx w_ih w_hh b_ih b_hh w_hr "
+    "w_ih_reverse w_hh_reverse b_ih_reverse b_hh_reverse w_hr_reverse"
+).split()
+OPTIONAL = {"batch_sizes", "cx", "b_ih", "b_hh", "w_hr", *TENSORS[9:]}
+GRADIENTS = [name for name in TENSORS if name != "batch_sizes"]  # what rnn_backward returns, in this order
+RESERVE = {"lstm": 5, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}  # numbers saved per row and hidden unit
+
+_ARGUMENTS = ", ".join(f"Tensor{'?' if name in OPTIONAL else ''} {name}" for name in TENSORS)
+_LIBRARY = torch.library.Library("seqkern", "DEF")
+_LIBRARY.define(
+    f"rnn_forward({_ARGUMENTS}, str cell, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    f"rnn_backward(Tensor grad_output, Tensor grad_h_n, Tensor grad_c_n, Tensor output, Tensor reserve, "
+    f"{_ARGUMENTS}, str cell, bool need_input, bool need_weights) -> ("
+    + ", ".join(f"Tensor d_{name}" for name in GRADIENTS)
+    + ")",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+Tensors = Sequence[Tensor | None]
+
+
+def is_step(input: Tensor, batch_sizes: Tensor | None) -> bool:
+    return input.dim() == 2 and batch_sizes is None
+
+
+def reserve_numel(input: Tensor, w_hh: Tensor, cell: str, directions: int) -> int:
+    """How many numbers a forward that saves puts aside for its backward."""
+    hidden = w_hh.shape[0] // spec.CELLS[cell].gates
+    return directions * input.shape[:-1].numel() * RESERVE[cell] * hidden
+
+
+def run_spec(tensors: Tensors, cell: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The op as the spec describes it: output, h_n and c_n, None where the op returns a [0] tensor."""
+    input, batch_sizes, hx, cx, *weights = tensors
+    assert input is not None and hx is not None
+    if is_step(input, batch_sizes):
+        output, *c_n = spec.step(cell, input, (hx,) if cx is None else (hx, cx), weights[:5])
+        return output, None, c_n[0] if c_n else None
+    backward_weights = None if weights[5] is None else weights[5:]
+    return spec.layer(cell, input, batch_sizes, hx, cx, weights[:5], backward_weights)
+
+
+def spec_vjp(grads: Tensors, tensors: Tensors, cell: str, create_graph: bool) -> list[Tensor | None]:
+    """Gradients of the spec, in the order of GRADIENTS; ``grads`` belong to output, h_n and c_n."""
+    leaves = [t for t, name in zip(tensors, TENSORS, strict=True) if t is not None and name != "batch_sizes"]
+    outs = run_spec(tensors, cell)
+    pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o is not None and g is not None]
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs], leaves, [g for _, g in pairs], create_graph=create_graph, allow_unused=True
+        )
+    )
+    return [
+        None if t is None else next(found)
+        for t, name in zip(tensors, TENSORS, strict=True)
+        if name != "batch_sizes"
+    ]
+
+
+def _distinct(t: Tensor | None) -> Tensor | None:
+    """A differentiable tensor of its own, still linked to t: one tensor given twice gets two gradients."""
+    if t is None or not t.is_floating_point():
+        return t
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
+@torch.library.register_fake("seqkern::rnn_forward", lib=_LIBRARY)
+def _forward_fake(input, batch_sizes, hx, cx, w_ih, w_hh, *rest):
+    *biases, cell, save = rest
+    directions = 2 if biases[3] is not None else 1
+    c_n = input.new_empty(cx.shape if cell == "lstm" else (0,))
+    output = input.new_empty((*input.shape[:-1], directions * hx.shape[-1]))
+    h_n = input.new_empty((0,) if is_step(input, batch_sizes) else hx.shape)
+    kept = torch.float64 if input.dtype == torch.float64 else torch.float32
+    numel = reserve_numel(input, w_hh, cell, directions) if save else 0
+    return output, h_n, c_n, input.new_empty((numel,), dtype=kept)
+
+
+@torch.library.register_fake("seqkern::rnn_backward", lib=_LIBRARY)
+def _backward_fake(grad_output, grad_h_n, grad_c_n, output, reserve, *rest):
+    *tensors, cell, need_input, need_weights = rest
+    found = dict(zip(TENSORS, tensors, strict=True))
+
+    def wanted(name: str) -> bool:
+        if found[name] is None or (name == "cx" and cell != "lstm"):
+            return False
+        return need_input if name == "input" else need_weights or name in ("hx", "cx")
+
+    return tuple(output.new_empty(found[name].shape if wanted(name) else (0,)) for name in GRADIENTS)
+
+
+def _forward_setup(ctx, inputs, output):
+    *tensors, cell, save = inputs
+    out, _, c_n, reserve = output
+    ctx.mark_non_differentiable(reserve)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(out, reserve, *tensors)
+    ctx.cell, ctx.save = cell, save
+    ctx.h_n_shape = output[1].shape
+    ctx.c_n_shape = c_n.shape
+
+
+def _forward_backward(ctx, grad_output, grad_h_n, grad_c_n, _):
+    none: tuple[None, ...] = (None,) * len(TENSORS)
+    if grad_output is None and grad_h_n is None and grad_c_n is None:
+        return (*none, None, None)
+    if not ctx.save:
+        raise RuntimeError(
+            "seqkern::rnn_forward was called with save=False, so it kept nothing for its backward; "
+            "call it with save=True where a gradient is needed"
+        )
+    output, reserve, *tensors = ctx.saved_tensors
+
+    def zeros(grad, shape):
+        return output.new_zeros(()).expand(shape) if grad is None else grad
+
+    needs = dict(zip(TENSORS, ctx.needs_input_grad, strict=False))
+    found = torch.ops.seqkern.rnn_backward(
+        zeros(grad_output, output.shape),
+        zeros(grad_h_n, ctx.h_n_shape),
+        zeros(grad_c_n, ctx.c_n_shape),
+        output,
+        reserve,
+        *tensors,
+        ctx.cell,
+        needs["input"],
+        any(needs[name] for name in TENSORS[4:]),
+    )
+    grads = dict(zip(GRADIENTS, found, strict=True))
+    return (*(grads[name] if needs[name] else None for name in TENSORS), None, None)
+
+
+def _backward_setup(ctx, inputs, output):
+    grad_output, grad_h_n, grad_c_n, _, _, *tensors, ctx.cell, ctx.need_input, ctx.need_weights = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_output, grad_h_n, grad_c_n, *tensors)
+
+
+def _backward_backward(ctx, *grad_grads):
+    """The gradient of the backward, as the spec's own: the op's outputs are a function of grads and inputs alone."""
+    with torch.enable_grad():
+        saved = [_distinct(t) for t in ctx.saved_tensors]
+        grads, tensors = saved[:3], saved[3:]
+        first = spec_vjp(grads, tensors, ctx.cell, create_graph=True)
+        pairs = [(d, g) for d, g in zip(first, grad_grads, strict=True) if d is not None and g is not None]
+        pairs = [(d, g) for d, g in pairs if d.requires_grad and g.shape == d.shape]
+    leaves = [t for t in saved if t is not None and t.requires_grad]
+    second = iter(
+        torch.autograd.grad(
+            [d for d, _ in pairs],
+            leaves,
+            [g for _, g in pairs],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+        if pairs
+        else [None] * len(leaves)
+    )
+    found = [None if t is None or not t.requires_grad else next(second) for t in saved]
+    return (*found[:3], None, None, *found[3:], None, None, None)
+
+
+torch.library.register_autograd(
+    "seqkern::rnn_forward", _forward_backward, setup_context=_forward_setup, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "seqkern::rnn_backward", _backward_backward, setup_context=_backward_setup, lib=_LIBRARY
+)

@@ -1,0 +1,212 @@
+"""The recurrent ops against a float64 oracle, on every instruction set of this machine."""
+
+import itertools
+
+import pytest
+import torch
+
+from seqkern import testing
+from seqkern.ops import _library
+from seqkern.testing import DTYPES, Case, check_op, make_case, oracle, run_op, run_torch, torch_errors
+
+NATIVE = _library.native()
+ISAS = NATIVE.isas() if NATIVE else []
+CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+FORMS = [("dense", False), ("dense", True), ("packed", False), ("packed", True), ("step", False)]
+native = pytest.mark.skipif(NATIVE is None, reason=_library.why_missing() or "built")
+
+# T, B, I, H: single elements, odd sizes, a batch of one, sizes past a vector and past a cache-sized chunk.
+SHAPES = [(1, 1, 1, 1), (7, 3, 5, 6), (5, 1, 17, 33), (3, 19, 8, 16), (4, 33, 40, 65), (9, 2, 64, 130)]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    NATIVE.force_isa(request.param)
+    yield request.param
+    NATIVE.force_isa(None)
+
+
+@pytest.mark.parametrize(("form", "bidirectional"), FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_oracle_is_torch(cell, dtype, form, bidirectional):
+    case = make_case(cell, form, torch.float64, bidirectional=bidirectional, proj=3 if cell == "lstm" else 0)
+    want = oracle(case)
+    testing.assert_close(run_torch(case), want, dict.fromkeys(want, 0.0))
+    assert all(e < 0.1 for e in torch_errors(case.to(dtype), oracle(case.to(dtype))).values())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(("form", "bidirectional"), FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_op_meets_oracle(isa, cell, dtype, form, bidirectional, shape):
+    T, B, I, H = shape  # noqa: E741
+    for bias, proj in itertools.product((True, False), (0, H // 2) if cell == "lstm" and H > 1 else (0,)):
+        case = make_case(
+            cell, form, dtype, T=T, B=B, I=I, H=H, proj=proj, bias=bias, bidirectional=bidirectional, seed=T + H
+        )
+        check_op(case, f"{isa} {cell} {form} bias={bias} proj={proj}")
+
+
+@pytest.mark.parametrize(("form", "bidirectional"), FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_op_skips_what_is_not_needed(isa, cell, form, bidirectional):
+    case = make_case(cell, form, bidirectional=bidirectional)
+    full = run_op(case)
+    for need_input, need_weights in itertools.product((True, False), repeat=2):
+        part = run_op(case, need_input, need_weights)
+        for name, want in full.items():
+            skipped = (name == "d_input" and not need_input) or (name[:4] in ("d_w_", "d_b_") and not need_weights)
+            got = part[name]
+            assert got.shape == (0,) if skipped else torch.equal(got, want), name
+
+
+@pytest.mark.parametrize(("form", "bidirectional"), FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_op_keeps_nothing_unless_told(isa, cell, form, bidirectional):
+    case = make_case(cell, form, bidirectional=bidirectional)
+    saved = torch.ops.seqkern.rnn_forward(*case.tensors, cell, True)
+    lean = torch.ops.seqkern.rnn_forward(*case.tensors, cell, False)
+    assert all(torch.equal(a, b) for a, b in zip(saved[:3], lean[:3], strict=True))
+    assert lean[3].numel() == 0
+
+
+def strided(case: Case, how: str) -> Case:
+    def lay(t):
+        if t is None or not t.is_floating_point():
+            return t
+        if how == "transposed":
+            return t.transpose(0, -1).contiguous().transpose(0, -1)
+        if how == "gapped":
+            return torch.stack((t, torch.full_like(t, torch.nan)), dim=-1)[..., 0]
+        wide = torch.full((t.numel() + 1,), torch.nan, dtype=t.dtype)  # "offset": no alignment
+        wide[1:] = t.reshape(-1)
+        return wide[1:].view(t.shape)
+
+    return Case(case.cell, tuple(map(lay, case.tensors)), tuple(map(lay, case.grads)))
+
+
+@pytest.mark.parametrize("how", ["transposed", "gapped", "offset"])
+@pytest.mark.parametrize(("form", "bidirectional"), FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_op_takes_any_strides(isa, cell, form, bidirectional, how):
+    case = make_case(cell, form, bidirectional=bidirectional, B=4, H=9, proj=4 if cell == "lstm" else 0)
+    check_op(strided(case, how), f"{isa} {how}")
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_op_takes_expanded_gradients(isa, cell):
+    case = make_case(cell)
+    grads = tuple(None if g is None else g.new_ones(()).expand(g.shape) for g in case.grads)
+    check_op(Case(cell, case.tensors, grads), isa)
+
+
+@pytest.mark.parametrize("form", ["dense", "step"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_op_empty_batch(isa, cell, form):
+    got, want = run_op(make_case(cell, form, B=0)), oracle(make_case(cell, form, B=0))
+    for name, t in want.items():
+        assert got[name].shape == t.shape and torch.equal(got[name].double(), t), name
+
+
+@pytest.mark.parametrize(("form", "bidirectional"), FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_op_is_the_same_for_any_thread_count(isa, cell, form, bidirectional):
+    threads = torch.get_num_threads()
+    for T, B, I, H in [(6, 1, 20, 70), (6, 37, 20, 70), (3, 5, 300, 260)]:
+        case = make_case(cell, form, T=T, B=B, I=I, H=H, bidirectional=bidirectional)
+        try:
+            results = []
+            for n in (1, 2, 3, 5):
+                torch.set_num_threads(n)
+                results.append(run_op(case))
+        finally:
+            torch.set_num_threads(threads)
+        for other in results[1:]:
+            assert [k for k in results[0] if not torch.equal(results[0][k], other[k])] == []
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30, -1e30])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("form", testing.FORMS)
+def test_op_nonfinite_as_torch(isa, cell, form, value):
+    case = make_case(cell, form, B=5, H=9)
+    input = case.tensors[0].clone()
+    input[(1,) * (input.dim() - 1)] = value
+    poisoned = Case(cell, (input, *case.tensors[1:]), case.grads)
+    got, want = run_op(poisoned), run_torch(poisoned)
+    for name in ("output", "h_n", "c_n"):
+        if name in want:
+            torch.testing.assert_close(got[name], want[name], equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+def arguments(case: Case, grads: bool):
+    return tuple(
+        t.clone().requires_grad_(grads) if t is not None and t.is_floating_point() else t for t in case.tensors
+    )
+
+
+@native
+@pytest.mark.parametrize(("form", "bidirectional"), FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_forward_opcheck(cell, form, bidirectional):
+    case = make_case(cell, form, bidirectional=bidirectional, proj=3 if cell == "lstm" else 0)
+    torch.library.opcheck(torch.ops.seqkern.rnn_forward, (*arguments(case, True), cell, True))
+    torch.library.opcheck(torch.ops.seqkern.rnn_forward, (*arguments(case, False), cell, False))
+
+
+@native
+@pytest.mark.parametrize(("form", "bidirectional"), FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_opcheck(cell, form, bidirectional):
+    case = make_case(cell, form, bidirectional=bidirectional, proj=3 if cell == "lstm" else 0)
+    output, _, _, reserve = torch.ops.seqkern.rnn_forward(*case.tensors, cell, True)
+    grads = [output.new_empty(0) if g is None else g for g in case.grads]
+    tensors = (*grads, output, reserve, *arguments(case, False))
+    for needs in itertools.product((True, False), repeat=2):
+        torch.library.opcheck(torch.ops.seqkern.rnn_backward, (*tensors, cell, *needs))
+
+
+def op_function(case: Case):
+    """The op as a function of its floating-point tensors, for gradcheck, and those tensors."""
+    tensors = arguments(case, True)
+    slots = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point()]
+
+    def run(*given):
+        filled = list(tensors)
+        for i, t in zip(slots, given, strict=True):
+            filled[i] = t
+        *outs, _ = torch.ops.seqkern.rnn_forward(*filled, case.cell, True)
+        return tuple(o for o in outs if o.numel())
+
+    return run, tuple(tensors[i] for i in slots)
+
+
+@pytest.mark.parametrize(("form", "bidirectional"), FORMS)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])  # a rectifier has kinks
+def test_op_gradcheck(isa, cell, form, bidirectional):
+    case = make_case(
+        cell, form, torch.float64, T=3, B=2, I=2, H=3, bidirectional=bidirectional, proj=2 if cell == "lstm" else 0
+    )
+    run, inputs = op_function(case)
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+@native
+@pytest.mark.parametrize(("form", "bidirectional"), FORMS)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_op_gradgradcheck(cell, form, bidirectional):
+    case = make_case(
+        cell, form, torch.float64, T=3, B=2, I=2, H=3, bidirectional=bidirectional, proj=2 if cell == "lstm" else 0
+    )
+    run, inputs = op_function(case)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@native
+def test_backward_without_save_says_so():
+    case = make_case("gru")
+    output, *_ = torch.ops.seqkern.rnn_forward(*arguments(case, True), "gru", False)
+    with pytest.raises(RuntimeError, match="save=True"):
+        output.sum().backward()
