@@ -1,9 +1,9 @@
 """Builds the compiled part of seqkern: every file under csrc becomes one module, seqkern._native.
 
-SEQKERN_BUILD=auto (default)  what this machine can build; without a compiler the package installs without kernels
+SEQKERN_BUILD=auto (default)  what this machine can build; without a compiler, Python only
 SEQKERN_BUILD=cpu | cuda      that part, or an error
 SEQKERN_BUILD=none            Python only
-SEQKERN_SANITIZE=1            AddressSanitizer and UndefinedBehaviorSanitizer; use with `build --build-lib DIR`
+SEQKERN_SANITIZE=1            AddressSanitizer and UBSan; use with `build --build-lib DIR`
 
 What was built, or why nothing was, is written to seqkern/_build.json, which `seqkern info` reads.
 """
@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 MODULE = "seqkern._native"
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: one binary serves every torch since
+LIBRARIES = ["-ltorch", "-ltorch_cpu", "-lc10"]  # found by name: torch is imported before seqkern._native
 MODES = ("auto", "cpu", "cuda", "none")
 SANITIZE = os.environ.get("SEQKERN_SANITIZE", "") not in ("", "0")
 
@@ -53,7 +54,7 @@ def find_compiler() -> str:
         path = shutil.which(name.split()[0])
         if path:
             return path
-    raise CannotBuild(f"no C++ compiler found ({wanted or 'g++, c++ or clang++'}); install one, such as g++ >= 11")
+    raise CannotBuild(f"no C++ compiler found ({wanted or 'g++ or clang++'}); install one, such as g++ >= 11")
 
 
 def find_package(name: str) -> Path:
@@ -64,7 +65,7 @@ def find_package(name: str) -> Path:
 
 
 def toolchain() -> tuple[list[str], list[str]]:
-    """The compile and the link command, without files. Starts nothing and imports neither torch nor pybind11."""
+    """The compile and the link command, without files. Starts no process, does not import torch."""
     if mode() == "none":
         raise CannotBuild("switched off at install by SEQKERN_BUILD=none")
     if mode() == "cuda":
@@ -80,13 +81,32 @@ def toolchain() -> tuple[list[str], list[str]]:
     torch, pybind11 = find_package("torch"), find_package("pybind11")
     if not (torch / "include/torch/csrc/stable/library.h").is_file():
         raise CannotBuild("torch's headers are missing or older than 2.11; pip install 'torch>=2.11'")
-    flags = ["-std=c++20", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
+    flags = [
+        "-std=c++20",
+        "-fopenmp",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-ffp-contract=fast",
+        "-Wall",
+        "-Wextra",
+    ]
     flags += ["-Wno-psabi"]
     if SANITIZE:
-        flags += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        flags += [
+            "-O1",
+            "-g",
+            "-fno-omit-frame-pointer",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=undefined",
+        ]
     else:
         flags += ["-O3"]
-    compile_ = [compiler, *flags, f'-DSEQKERN_BUILD_FLAGS="{" ".join(flags)}"', f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    compile_ = [
+        compiler,
+        *flags,
+        f'-DSEQKERN_BUILD_FLAGS="{" ".join(flags)}"',
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+    ]
     compile_ += [f"-I{CSRC}"]
     for folder in (torch / "include", torch / "include/torch/csrc/api/include", pybind11 / "include", python):
         compile_ += ["-isystem", str(folder)]
@@ -96,16 +116,14 @@ def toolchain() -> tuple[list[str], list[str]]:
     return compile_, link
 
 
-LIBRARIES = ["-ltorch", "-ltorch_cpu", "-lc10"]
-
-
 def run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.stderr:
         print(done.stderr, file=sys.stderr, end="")
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
-        raise CannotBuild(f"the C++ compiler failed: {errors[0]}")
+        lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
+        first = next((line for line in lines if "error" in line), lines[0])
+        raise CannotBuild(f"the C++ compiler failed: {first}")
 
 
 def dependencies(depfile: Path) -> list[Path]:
@@ -126,19 +144,34 @@ def is_fresh(target: Path, inputs: list[Path]) -> bool:
 def build_module() -> Path:
     """Compiles what changed since the last call and links; returns the shared object."""
     compile_, link = toolchain()
-    version = subprocess.run([compile_[0], "--version"], capture_output=True, text=True).stdout.splitlines()[:1]
+    version = subprocess.run([compile_[0], "--version"], capture_output=True, text=True).stdout.splitlines()[
+        :1
+    ]
     torch_version = (find_package("torch") / "version.py").read_text()
     key = hashlib.sha256("\0".join([*compile_, *version, torch_version]).encode()).hexdigest()[:10]
     folder = ROOT / "build" / ("sanitize" if SANITIZE else "native") / f"{sys.implementation.cache_tag}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
-    objects = {source: folder / (str(source.relative_to(CSRC)).replace("/", "-") + ".o") for source in sources()}
+    objects = {
+        source: folder / (str(source.relative_to(CSRC)).replace("/", "-") + ".o") for source in sources()
+    }
 
     def compile_one(source: Path) -> None:
         target = objects[source]
         if not is_fresh(target, dependencies(target.with_suffix(".d"))):
             print(f"compiling {source.relative_to(ROOT)}", flush=True)
             target.unlink(missing_ok=True)
-            run([*compile_, "-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source), "-o", str(target)])
+            run(
+                [
+                    *compile_,
+                    "-MMD",
+                    "-MF",
+                    str(target.with_suffix(".d")),
+                    "-c",
+                    str(source),
+                    "-o",
+                    str(target),
+                ]
+            )
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         list(pool.map(compile_one, objects))
@@ -162,7 +195,9 @@ def complain(reason: str) -> None:
     if mode() in ("cpu", "cuda"):
         raise SystemExit(f"SEQKERN_BUILD={mode()}: {reason}")
     line = "*" * 100
-    print(f"{line}\nWARNING: seqkern is installed without compiled kernels: {reason}\n{line}", file=sys.stderr)
+    print(
+        f"{line}\nWARNING: seqkern is installed without compiled kernels: {reason}\n{line}", file=sys.stderr
+    )
 
 
 def planned() -> str:
@@ -188,7 +223,7 @@ class BuildPython(build_py):
 
 class BuildNative(build_ext):
     def run(self) -> None:
-        for ext in self.extensions:
+        for ext in self.extensions or ():
             target = Path(self.get_ext_fullpath(ext.name))
             try:
                 module, reason = build_module(), ""
@@ -207,6 +242,9 @@ class BuildNative(build_ext):
 
 setup(
     packages=[*find_packages("python"), "seqkern.kernels"],
-    ext_modules=[] if planned() else [Extension(MODULE, sources=[], optional=True)],
+    # A wheel without kernels is a pure one; a build that was asked for by name is tried, and fails aloud.
+    ext_modules=[Extension(MODULE, sources=[], optional=True)]
+    if mode() in ("cpu", "cuda") or not planned()
+    else [],
     cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
 )

@@ -1,7 +1,7 @@
 """Triton kernels of seqkern. Imports torch, triton and itself, never another part of seqkern.
 
-The folder lies at the top of the repository and is installed as ``seqkern.kernels``. Another published package is
-imported as ``kernels``, so that a run from the repository's root must not find this one in its place.
+The folder lies at the top of the repository and is installed as ``seqkern.kernels``. Another published package
+is imported as ``kernels``: a run from the repository's root must not find this one in its place.
 """
 
 if __name__ != "seqkern.kernels":
