@@ -9,6 +9,11 @@ from seqkern import testing
 from seqkern.ops import _library
 from seqkern.testing import DTYPES, Case, check_op, make_case, oracle, run_op, run_torch, torch_errors
 
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),  # torch's
+]
+
 NATIVE = _library.native()
 ISAS = NATIVE.isas() if NATIVE else []
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -44,7 +49,17 @@ def test_op_meets_oracle(isa, cell, dtype, form, bidirectional, shape):
     T, B, I, H = shape  # noqa: E741
     for bias, proj in itertools.product((True, False), (0, H // 2) if cell == "lstm" and H > 1 else (0,)):
         case = make_case(
-            cell, form, dtype, T=T, B=B, I=I, H=H, proj=proj, bias=bias, bidirectional=bidirectional, seed=T + H
+            cell,
+            form,
+            dtype,
+            T=T,
+            B=B,
+            I=I,
+            H=H,
+            proj=proj,
+            bias=bias,
+            bidirectional=bidirectional,
+            seed=T + H,
         )
         check_op(case, f"{isa} {cell} {form} bias={bias} proj={proj}")
 
@@ -57,7 +72,9 @@ def test_op_skips_what_is_not_needed(isa, cell, form, bidirectional):
     for need_input, need_weights in itertools.product((True, False), repeat=2):
         part = run_op(case, need_input, need_weights)
         for name, want in full.items():
-            skipped = (name == "d_input" and not need_input) or (name[:4] in ("d_w_", "d_b_") and not need_weights)
+            skipped = (name == "d_input" and not need_input) or (
+                name[:4] in ("d_w_", "d_b_") and not need_weights
+            )
             got = part[name]
             assert got.shape == (0,) if skipped else torch.equal(got, want), name
 
@@ -143,7 +160,8 @@ def test_op_nonfinite_as_torch(isa, cell, form, value):
 
 def arguments(case: Case, grads: bool):
     return tuple(
-        t.clone().requires_grad_(grads) if t is not None and t.is_floating_point() else t for t in case.tensors
+        t.clone().requires_grad_(grads) if t is not None and t.is_floating_point() else t
+        for t in case.tensors
     )
 
 
@@ -187,7 +205,15 @@ def op_function(case: Case):
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])  # a rectifier has kinks
 def test_op_gradcheck(isa, cell, form, bidirectional):
     case = make_case(
-        cell, form, torch.float64, T=3, B=2, I=2, H=3, bidirectional=bidirectional, proj=2 if cell == "lstm" else 0
+        cell,
+        form,
+        torch.float64,
+        T=3,
+        B=2,
+        I=2,
+        H=3,
+        bidirectional=bidirectional,
+        proj=2 if cell == "lstm" else 0,
     )
     run, inputs = op_function(case)
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
@@ -198,7 +224,15 @@ def test_op_gradcheck(isa, cell, form, bidirectional):
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_op_gradgradcheck(cell, form, bidirectional):
     case = make_case(
-        cell, form, torch.float64, T=3, B=2, I=2, H=3, bidirectional=bidirectional, proj=2 if cell == "lstm" else 0
+        cell,
+        form,
+        torch.float64,
+        T=3,
+        B=2,
+        I=2,
+        H=3,
+        bidirectional=bidirectional,
+        proj=2 if cell == "lstm" else 0,
     )
     run, inputs = op_function(case)
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)

@@ -48,12 +48,16 @@ def poison(*tensors: Tensor | None) -> None:
         del held
 
 
-def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], errors: dict[str, float], what: str = "") -> None:
+def assert_close(
+    got: dict[str, Tensor], want: dict[str, Tensor], errors: dict[str, float], what: str = ""
+) -> None:
     """Every tensor in ``want`` (float64) is met by ``got`` within `tolerance` of torch's ``errors``."""
     assert got.keys() == want.keys(), f"{what}: got {sorted(got)}, want {sorted(want)}"
     bad = []
     for name, reference in want.items():
-        assert got[name].shape == reference.shape, f"{what}: {name} is {got[name].shape}, want {reference.shape}"
+        assert got[name].shape == reference.shape, (
+            f"{what}: {name} is {got[name].shape}, want {reference.shape}"
+        )
         error, allowed = relative_rms(got[name], reference), tolerance(got[name].dtype, errors[name])
         if not error <= allowed:  # NaN fails
             bad.append(f"{name}: {error:.3g} > {allowed:.3g} at {worst(got[name], reference)}")
@@ -167,7 +171,9 @@ def run_op(case: Case, need_input: bool = True, need_weights: bool = True) -> di
 
 def run_torch(case: Case) -> dict[str, Tensor]:
     """Outputs and gradients of the case by torch's own layer, in the case's dtype."""
-    leaves = [t.clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in case.tensors]
+    leaves = [
+        t.clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in case.tensors
+    ]
     input, batch_sizes, hx, cx, *weights = leaves
     assert input is not None and hx is not None
     flat = [w for w in weights if w is not None]

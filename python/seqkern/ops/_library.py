@@ -12,7 +12,10 @@ def _load() -> tuple[ModuleType | None, str]:
     except ModuleNotFoundError as e:
         if e.name != "seqkern._native":
             return None, str(e)
-        return None, "seqkern was installed without its compiled kernels (no C++ compiler was found at install)"
+        return (
+            None,
+            "seqkern was installed without its compiled kernels (no C++ compiler was found at install)",
+        )
     except ImportError as e:  # built for another Python or linked against what this machine lacks
         return None, f"the compiled kernels could not be loaded: {e}"
 

@@ -54,8 +54,10 @@ def scan(
         now = _advance(cell, x_t, tuple(s[:live] for s in state), weights)
         outputs.append(now[0])
         # Sequences that have ended, or in reverse have not begun, keep the state they have.
-        state = now if live == state[0].shape[0] else tuple(
-            torch.cat((new, old[live:])) for new, old in zip(now, state, strict=True)
+        state = (
+            now
+            if live == state[0].shape[0]
+            else tuple(torch.cat((new, old[live:])) for new, old in zip(now, state, strict=True))
         )
     if reverse:
         outputs.reverse()

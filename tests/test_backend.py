@@ -1,0 +1,104 @@
+"""Which backend runs, and why the ones before it did not."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import seqkern
+from seqkern.ops import _backend, _library
+
+NATIVE = _library.native()
+native = pytest.mark.skipif(NATIVE is None, reason="needs the compiled kernels")
+
+
+def chosen(run):
+    with _backend.watch() as seen:
+        run()
+    return [choice for _, choice in seen]
+
+
+def test_order_is_cpu_then_torch():
+    lstm = seqkern.nn.LSTM(3, 4, num_layers=2)
+    (choice,) = chosen(lambda: lstm(torch.zeros(2, 1, 3)))
+    if NATIVE:
+        assert choice == ("cpu", ())
+    else:
+        assert choice.name == "torch"
+        assert [name for name, _ in choice.declined] == ["cpu"]
+
+
+@native
+@pytest.mark.parametrize(
+    ("run", "name", "says"),
+    [
+        (lambda m, x: m.bfloat16()(x.bfloat16()), "cpu", None),
+        (lambda m, x: torch.func.vmap(m)(x[None]), "reference", "transform"),
+        (lambda m, x: torch.func.jvp(m, (x,), (x,)), "reference", "transform"),
+        (lambda m, x: m.to("meta")(x.to("meta")), "torch", None),
+    ],
+)
+def test_declines_with_a_reason(run, name, says):
+    cell = seqkern.nn.GRUCell(3, 4)
+    (choice,) = chosen(lambda: run(cell, torch.zeros(2, 3)))
+    assert choice.name == name
+    assert says is None or all(says in reason for _, reason in choice.declined)
+
+
+@native
+def test_declines_autocast():
+    cell = seqkern.nn.GRUCell(3, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (choice,) = chosen(lambda: cell(torch.zeros(2, 3)))
+    assert choice.name == "torch" and "autocast" in choice.declined[0][1]
+
+
+def test_innermost_force_wins():
+    cell = seqkern.nn.GRUCell(3, 4)
+    x = torch.zeros(2, 3)
+    with seqkern.backend("torch"):
+        with seqkern.backend("reference"):
+            assert chosen(lambda: cell(x))[0].name == "reference"
+            weights = list(cell.parameters())
+            run = lambda: seqkern.functional.gru_cell(x, None, *weights, backend="torch")  # noqa: E731
+            assert chosen(run)[0].name == "torch"
+        assert chosen(lambda: cell(x))[0].name == "torch"
+        with seqkern.backend(None):
+            assert chosen(lambda: cell(x))[0].name == ("cpu" if NATIVE else "torch")
+    assert _backend.special == 0
+
+
+def test_force_ends_with_an_error():
+    with pytest.raises(KeyError), seqkern.backend("reference"):
+        raise KeyError
+    assert _backend.special == 0
+
+
+def test_force_is_of_one_thread():
+    cell = seqkern.nn.GRUCell(3, 4)
+    found = []
+
+    def run():
+        found.extend(chosen(lambda: cell(torch.zeros(2, 3))))
+
+    with seqkern.backend("reference"):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert found[0].name == ("cpu" if NATIVE else "torch")
+
+
+def test_package_is_light_and_works_without_its_binary():
+    code = (
+        "import sys; sys.modules['seqkern._native'] = None; sys.modules['triton'] = None\n"
+        "import torch, seqkern\n"
+        "assert not any(n.startswith('seqkern.') and n != 'seqkern._version' for n in sys.modules if sys.modules[n])\n"
+        "out, _ = seqkern.nn.LSTM(3, 4)(torch.zeros(2, 1, 3))\n"
+        "from seqkern.ops import _library\n"
+        "print(_library.why_missing())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "could not be loaded" in done.stdout or "without its compiled kernels" in done.stdout

@@ -1,0 +1,227 @@
+"""Compilers and function transforms: no graph breaks, no silent zeros."""
+
+import pytest
+import torch
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+
+import seqkern
+from seqkern.ops import _library
+from seqkern.spec import CELLS, layer, step
+
+NATIVE = _library.native()
+LAYERS = [("LSTM", {}), ("LSTM", {"proj_size": 2}), ("GRU", {}), ("RNN", {})]
+MODULES = [*LAYERS, ("LSTMCell", {}), ("GRUCell", {}), ("RNNCell", {})]
+I, H, B, T = 3, 4, 2, 3
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
+
+def make(kind, options, dtype=torch.float64, **more):
+    theirs = getattr(torch.nn, kind)(I, H, dtype=dtype, **options, **more)
+    ours = getattr(seqkern.nn, kind)(I, H, dtype=dtype, **options, **more)
+    ours.load_state_dict(theirs.state_dict())
+    lead = (B,) if kind.endswith("Cell") else (T, B)
+    return theirs, ours, torch.randn(*lead, I, dtype=dtype)
+
+
+def first(found):
+    return found if isinstance(found, torch.Tensor) else first(found[0])
+
+
+def close(a, b, rtol=1e-9, atol=1e-9):
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize(("kind", "options"), MODULES)
+def test_gradients_by_transform(kind, options):
+    theirs, ours, x = make(kind, options)
+    params = dict(ours.named_parameters())
+
+    def loss(module):
+        return lambda p: first(functional_call(module, p, (x,))).square().sum()
+
+    want = torch.autograd.grad(loss(theirs)(dict(theirs.named_parameters())), list(theirs.parameters()))
+    for got in (grad(loss(ours))(params), jacrev(loss(ours))(params), jacfwd(loss(ours))(params)):
+        for a, b in zip(got.values(), want, strict=True):
+            close(a, b)
+            assert a.any()
+
+
+@pytest.mark.parametrize(("kind", "options"), MODULES)
+def test_forward_mode(kind, options):
+    _, ours, x = make(kind, options)
+    tangent = torch.randn_like(x)
+    f = lambda x: first(ours(x))  # noqa: E731
+    _, along = jvp(f, (x,), (tangent,))
+    close(along, (f(x + 1e-6 * tangent) - f(x - 1e-6 * tangent)).detach() / 2e-6, 1e-4, 1e-6)
+    assert along.any()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        close(torch.autograd.forward_ad.unpack_dual(f(dual)).tangent, along)
+
+
+@pytest.mark.parametrize(("kind", "options"), MODULES)
+def test_vmap(kind, options):
+    theirs, ours, x = make(kind, options)
+    xs = torch.stack((x, 2 * x, -x))
+    close(vmap(lambda x: first(ours(x)))(xs), torch.stack([first(theirs(x)) for x in xs]))
+    per_sample = vmap(grad(lambda x: first(ours(x)).square().sum()))(xs)
+    for each, x in zip(per_sample, xs, strict=True):
+        x = x.clone().requires_grad_()
+        close(each, torch.autograd.grad(first(ours(x)).square().sum(), x)[0])
+
+
+@pytest.mark.parametrize(("kind", "options"), MODULES)
+def test_hessian(kind, options):
+    _, ours, x = make(kind, options)
+    f = lambda x: first(ours(x)).square().sum()  # noqa: E731
+    by_transform = hessian(f)(x)
+    by_backward = torch.autograd.functional.hessian(f, x)
+    close(by_transform, by_backward, 1e-7, 1e-9)
+    assert by_transform.any()
+
+
+@pytest.mark.parametrize(("kind", "options"), MODULES)
+def test_second_derivatives(run_on, kind, options):
+    _, ours, x = make(kind, options)
+    if run_on == "torch" and kind in ("GRU", "LSTM", "RNN", "GRUCell", "LSTMCell"):
+        pytest.skip("torch's fused kernels have no second derivative in every build")
+    x = x.requires_grad_()
+    names = list(dict(ours.named_parameters()))
+    run = lambda x, *p: first(functional_call(ours, dict(zip(names, p, strict=True)), (x,)))  # noqa: E731
+    inputs = (x, *(p.detach().requires_grad_() for p in ours.parameters()))
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("cell", [c for c in CELLS if c != "rnn_relu"])
+def test_spec_gradcheck(cell, packed, bidirectional):
+    def leaf(*shape):
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    sizes = torch.tensor([2, 2, 1]) if packed else None
+    rows = (5,) if packed else (T, B)
+    gates, proj = CELLS[cell].gates, 3 if cell == "lstm" else H
+    D = 1 + bidirectional
+    one = [leaf(gates * H, I), leaf(gates * H, proj), leaf(gates * H), leaf(gates * H)]
+    one += [leaf(proj, H)] if cell == "lstm" else []
+    two = [w.detach().clone().requires_grad_() for w in one] if bidirectional else []
+    states = [leaf(D, B, proj)] + ([leaf(D, B, H)] if cell == "lstm" else [])
+
+    def run(x, *rest):
+        s, w = rest[: len(states)], rest[len(states) :]
+        mine, other = list(w[: len(one)]), list(w[len(one) :])
+        pad = [] if cell == "lstm" else [None]
+        back = [*other, *pad] if bidirectional else None
+        found = layer(cell, x, sizes, s[0], s[1] if len(s) > 1 else None, [*mine, *pad], back)
+        return tuple(t for t in found if t is not None)
+
+    inputs = (leaf(*rows, I), *states, *one, *two)
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True, check_forward_ad=True)
+
+
+def test_spec_step_is_a_scan_of_one():
+    for cell, (_, gates, states) in CELLS.items():
+        x, h, c = torch.randn(B, I), torch.randn(B, H), torch.randn(B, H)
+        weights = [torch.randn(gates * H, I), torch.randn(gates * H, H), None, None, None]
+        found = step(cell, x, (h, c)[:states], weights)
+        output, h_n, c_n = layer(cell, x[None], None, h[None], c[None] if states == 2 else None, weights)
+        close(output[0], found[0], 1e-6, 1e-6)
+        assert torch.equal(h_n[0], output[0])
+        assert c_n is None or torch.allclose(c_n[0], found[1])
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("forced", [None, "reference"])
+@pytest.mark.parametrize(("kind", "options"), MODULES)
+def test_compile_without_a_graph_break(kind, options, forced):
+    theirs, ours, x = make(kind, options, torch.float32)
+    with seqkern.backend(forced):
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+            got, want = first(compiled(a)), first(theirs(b))
+            close(got, want, 1e-4, 1e-5)
+            got.square().sum().backward()
+            want.square().sum().backward()
+            close(a.grad, b.grad, 1e-4, 1e-5)
+            for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+                close(p.grad, q.grad, 1e-4, 1e-5)
+        with torch.no_grad():
+            close(first(compiled(x)), first(theirs(x)), 1e-4, 1e-5)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.skipif(NATIVE is None, reason="needs the compiled kernels")
+def test_compile_takes_any_length_and_stacks():
+    theirs, ours, _ = make("LSTM", {}, torch.float32, num_layers=2, bidirectional=True, batch_first=True)
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (3, 5, 9):
+        x = torch.randn(2, n, I)
+        close(first(compiled(x)), first(theirs(x)), 1e-4, 1e-5)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.skipif(NATIVE is None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_compile_packed_with_a_state(kind):
+    theirs, ours, _ = make(kind, {}, torch.float32)
+    data, sizes = torch.randn(6, I), torch.tensor([3, 2, 1])
+    h = torch.randn(1, 3, H)
+    state = (h, h.clone()) if kind == "LSTM" else h
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(data, sizes, state, weights):
+        if kind == "RNN":
+            return seqkern.functional.rnn(data, state, weights, batch_sizes=sizes)[0]
+        return getattr(seqkern.functional, kind.lower())(data, state, weights, batch_sizes=sizes)[0]
+
+    packed = torch.nn.utils.rnn.PackedSequence(data, sizes)
+    close(run(data, sizes, state, list(ours.parameters())), theirs(packed, state)[0].data, 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("kind", "options"), MODULES)
+def test_export(kind, options, strict):
+    theirs, ours, x = make(kind, options, torch.float32)
+    program = torch.export.export(ours.eval(), (x,), strict=strict)
+    close(first(program.module()(x)), first(theirs(x)), 1e-4, 1e-5)
+    if NATIVE:
+        assert "seqkern.rnn_forward" in str(program.graph)
+
+
+@pytest.mark.skipif(NATIVE is None, reason="needs the compiled kernels")
+def test_an_exported_graph_trains_right():
+    theirs, ours, x = make("GRU", {}, torch.float32)
+    program = torch.export.export(ours, (x,)).module()
+    first(program(x)).square().sum().backward()
+    first(theirs(x)).square().sum().backward()
+    for (_, a), b in zip(sorted(program.named_parameters()), [p for _, p in sorted(theirs.named_parameters())]):
+        close(a.grad, b.grad, 1e-4, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell"])
+def test_inductor(kind):
+    theirs, ours, x = make(kind, {}, torch.float32)
+    compiled = torch.compile(ours, fullgraph=True)
+    close(first(compiled(x)), first(theirs(x)), 1e-4, 1e-5)
+    first(compiled(x)).sum().backward()
+    assert all(p.grad is not None for p in ours.parameters())
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_of_vmap_of_grad():
+    _, ours, x = make("GRUCell", {})
+    f = vmap(grad(lambda x: first(ours(x)).square().sum()))
+    close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
