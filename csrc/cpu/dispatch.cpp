@@ -1,0 +1,200 @@
+#include "dispatch.h"
+
+#include <omp.h>
+#include <pthread.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <new>
+#include <stdexcept>
+
+#include "team.h"
+
+namespace seqkern {
+namespace {
+
+bool runs(const std::string& name) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (name == "avx2")
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+               __builtin_cpu_supports("f16c");
+    if (name == "avx512")
+        return runs("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+#endif
+    return name == "baseline";
+}
+
+const std::vector<const KernelTable*>& tables() {
+    static const auto found = [] {
+        std::vector<const KernelTable*> list;
+        for (auto table : {isa_baseline_table(), isa_avx2_table(), isa_avx512_table()})
+            if (table && runs(table->name)) list.push_back(table);
+        return list;
+    }();
+    return found;
+}
+
+std::atomic<const KernelTable*> in_use{nullptr};
+
+// libgomp's pool does not survive a fork: in the child, a parallel region would wait for threads that are not
+// there.
+std::atomic<bool> forked{false};
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// A thread more is worth its start and its barriers from about this much work on.
+constexpr double FLOP_WORTH_A_THREAD = 150e3;
+
+int threads_for(const Layer& c) {
+    const double gates = c.cell == Cell::lstm ? 4 : c.cell == Cell::gru ? 3 : 1;
+    const double flop = 2.0 * gates * c.H * (c.I + c.P) * c.N * c.D;
+    return static_cast<int>(std::clamp(flop / FLOP_WORTH_A_THREAD, 1.0, static_cast<double>(max_threads())));
+}
+
+template <class Call>
+void run(const Call& call, unsigned long bytes, void (*kernel)(const Call&, char*, const Team&)) {
+    struct Context {
+        const Call& call;
+        char* shared;
+        void (*kernel)(const Call&, char*, const Team&);
+    };
+    Scratch shared(bytes);
+    if (!shared.p) throw std::bad_alloc();
+    Context context{call, static_cast<char*>(shared.p), kernel};
+    run_team(
+        threads_for(call),
+        [](void* p, const Team& team) {
+            auto& c = *static_cast<Context*>(p);
+            c.kernel(c.call, c.shared, team);
+        },
+        &context);
+}
+
+struct Probe {
+    const KernelTable& table;
+    double seconds;
+    const float* data;
+    long count;
+    std::atomic<double> rate{0};
+};
+
+using Clock = std::chrono::steady_clock;
+
+double elapsed(Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// Repeats `piece` (which does `amount` of work) on every thread; the sum of the threads' rates.
+template <class F>
+void measure(Probe& probe, double amount, F piece) {
+    double kept = 0, done = 0;
+    const auto start = Clock::now();
+    double past = 0;
+    for (; past < probe.seconds; past = elapsed(start)) kept += piece(), done += amount;
+    volatile double keep = kept;
+    static_cast<void>(keep);
+    double rate = probe.rate.load();
+    while (!probe.rate.compare_exchange_weak(rate, rate + done / past / 1e9)) {
+    }
+}
+
+}  // namespace
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (auto table : tables()) names.emplace_back(table->name);
+    return names;
+}
+
+void force_isa(const std::optional<std::string>& name) {
+    if (!name) {
+        in_use = nullptr;
+        return;
+    }
+    std::string known;
+    for (auto table : tables()) {
+        if (*name == table->name) {
+            in_use = table;
+            return;
+        }
+        known += (known.empty() ? "" : ", ") + std::string(table->name);
+    }
+    throw std::invalid_argument("isa is '" + *name + "', this machine runs " + known);
+}
+
+const KernelTable& kernels() {
+    const KernelTable* forced = in_use.load(std::memory_order_relaxed);
+    return forced ? *forced : *tables().back();
+}
+
+int max_threads() {
+    if (forked || omp_in_parallel()) return 1;
+    return std::max<int>(1, torch::stable::get_num_threads());
+}
+
+void run_team(int threads, void (*fn)(void*, const Team&), void* context) {
+    int failed = 0;
+    if (threads == 1) {
+        Barrier barriers[2];
+        fn(context, Team{0, 1, barriers, &failed});
+    } else {
+        auto barriers = std::make_unique<Barrier[]>(threads + 1);
+#pragma omp parallel num_threads(threads)
+        fn(context, Team{omp_get_thread_num(), omp_get_num_threads(), barriers.get(), &failed});
+    }
+    if (failed) throw std::bad_alloc();
+}
+
+void forward(const ForwardCall& call) {
+    const KernelTable& table = kernels();
+    run(call, table.forward_shared_bytes(call), table.forward);
+}
+
+void backward(const BackwardCall& call) {
+    const KernelTable& table = kernels();
+    run(call, table.backward_shared_bytes(call), table.backward);
+}
+
+double fma_peak(double seconds) {
+    Probe probe{kernels(), seconds, nullptr, 0};
+    run_team(
+        max_threads(),
+        [](void* p, const Team&) {
+            auto& probe = *static_cast<Probe*>(p);
+            constexpr long ROUNDS = 20000;
+            measure(probe, static_cast<double>(ROUNDS * probe.table.flops_per_round),
+                    [&] { return probe.table.fma_chain(ROUNDS); });
+        },
+        &probe);
+    return probe.rate;
+}
+
+double read_bandwidth(unsigned long bytes, double seconds) {
+    Scratch memory(bytes);
+    if (!memory.p) throw std::bad_alloc();
+    auto data = static_cast<float*>(memory.p);
+    const long count = static_cast<long>(bytes / sizeof(float));
+    std::fill(data, data + count, 1.0f);
+    Probe probe{kernels(), seconds, data, count};
+    run_team(
+        max_threads(),
+        [](void* p, const Team& team) {
+            auto& probe = *static_cast<Probe*>(p);
+            const long share = probe.count / team.threads;
+            const float* from = probe.data + share * team.thread;
+            const long passes = std::max(1L, 4000000 / std::max(1L, share));  // the clock must not weigh in
+            measure(probe, static_cast<double>(passes * share) * sizeof(float), [&] {
+                double sum = 0;
+                for (long i = 0; i < passes; ++i) sum += probe.table.read_sum(from, share);
+                return sum;
+            });
+        },
+        &probe);
+    return probe.rate;
+}
+
+}  // namespace seqkern

@@ -1,0 +1,27 @@
+// Which ISA runs, and on how many threads.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace seqkern {
+
+std::vector<std::string> isas();                         // compiled in and run by this machine, the best last
+void force_isa(const std::optional<std::string>& name);  // std::invalid_argument where it is not among them
+const KernelTable& kernels();                            // in use
+
+int max_threads();  // of a call from this thread
+
+// Runs fn(context, team) on up to `threads` threads; fewer where the system gives fewer.
+void run_team(int threads, void (*fn)(void* context, const Team& team), void* context);
+
+void forward(const ForwardCall& call);
+void backward(const BackwardCall& call);
+
+double fma_peak(double seconds);                             // GFLOP/s, all threads, float32
+double read_bandwidth(unsigned long bytes, double seconds);  // GB/s, all threads, each its own share
+
+}  // namespace seqkern

@@ -1,0 +1,168 @@
+// One packed matmul. B lies in panels [panel][k][W], W = NV vectors, zero-padded; A is row-major with a
+// leading dimension (or, KMAJOR, packed as [k][rows]). Every output element is one chain of fused
+// multiply-adds over each block of k, whatever the tile it falls in, so no split of the work among threads or
+// tiles changes a bit of the result.
+#pragma once
+
+#include "simd.h"
+
+namespace seqkern {
+namespace SEQKERN_ISA {
+
+template <int NV>
+constexpr int max_rows() {
+    return SEQKERN_ACCUMULATORS / NV;
+}
+
+// Panels done at once when there are few rows: enough independent chains to hide the latency of the
+// multiply-add.
+template <int NV>
+constexpr int max_panels(long rows) {
+    return rows == 1 ? (NV == 2 ? 4 : 2) : rows <= max_rows<NV>() / 2 ? 2 : 1;
+}
+
+template <class A, int MR, int NV, int NP, bool KMAJOR>
+void tile(const A* __restrict a, long lda, const A* __restrict b, long b_stride, long K, A* o, long ldo,
+          long o_stride, bool accumulate) {
+    constexpr int n = Simd<A>::n, W = NV * n;
+    Vec<A> acc[NP][MR][NV];
+    SK_UNROLL
+    for (int p = 0; p < NP; ++p) SK_UNROLL
+    for (int m = 0; m < MR; ++m) SK_UNROLL
+    for (int v = 0; v < NV; ++v) acc[p][m][v] = Vec<A>{};
+    // One pointer for three rows: row pointers of their own would not fit the general registers.
+    const A* rows[(MR + 2) / 3];
+    SK_UNROLL
+    for (int g = 0; g < (MR + 2) / 3; ++g) rows[g] = a + (KMAJOR ? 0 : g * 3 * lda);
+    for (long k = 0; k < K; ++k) {
+        Vec<A> bv[NP][NV];
+        SK_UNROLL
+        for (int p = 0; p < NP; ++p) SK_UNROLL
+        for (int v = 0; v < NV; ++v) bv[p][v] = load<A>(b + p * b_stride + v * n);
+        SK_UNROLL
+        for (int m = 0; m < MR; ++m) {
+            A s = KMAJOR ? a[m] : rows[m / 3][(m % 3) * lda];
+            SK_UNROLL
+            for (int p = 0; p < NP; ++p) SK_UNROLL
+            for (int v = 0; v < NV; ++v) acc[p][m][v] += s * bv[p][v];
+        }
+        b += W;
+        if (KMAJOR) {
+            a += lda;
+        } else {
+            SK_UNROLL
+            for (int g = 0; g < (MR + 2) / 3; ++g) ++rows[g];
+        }
+    }
+    SK_UNROLL
+    for (int p = 0; p < NP; ++p) SK_UNROLL
+    for (int m = 0; m < MR; ++m) SK_UNROLL
+    for (int v = 0; v < NV; ++v) {
+        A* to = o + p * o_stride + m * ldo + v * n;
+        store<A>(to, accumulate ? load<A>(to) + acc[p][m][v] : acc[p][m][v]);
+    }
+}
+
+template <class A>
+using TileFn = void (*)(const A*, long, const A*, long, long, A*, long, long, bool);
+
+template <class A, int NV, int NP, bool KMAJOR, int MR = max_rows<NV>()>
+SK_INLINE TileFn<A> find_tile(long rows) {
+    if constexpr (MR == 0) {
+        return nullptr;
+    } else if constexpr (NP > max_panels<NV>(MR)) {
+        return find_tile<A, NV, NP, KMAJOR, MR - 1>(rows);
+    } else {
+        return rows == MR ? tile<A, MR, NV, NP, KMAJOR> : find_tile<A, NV, NP, KMAJOR, MR - 1>(rows);
+    }
+}
+
+template <class A, int NV, bool KMAJOR>
+__attribute__((noinline)) TileFn<A> tile_for(long rows, long panels) {
+    return panels == 4   ? find_tile<A, NV, 4, KMAJOR>(rows)
+           : panels == 2 ? find_tile<A, NV, 2, KMAJOR>(rows)
+                         : find_tile<A, NV, 1, KMAJOR>(rows);
+}
+
+constexpr long K_BLOCK =
+    1024;  // a panel block of 1024 x 64 floats is 256 KB: it stays in L2 under the row tiles
+
+// o[panel][row][W] (+)= a[row][k] b[panel][k][W]
+template <class A, int NV>
+void gemm(long M, const A* a, long lda, const A* b, long b_stride, long panels, long K, A* o, long ldo,
+          long o_stride, bool accumulate) {
+    constexpr int W = NV * Simd<A>::n;
+    if (M <= 0) return;
+    long tiles = ceil_div(M, max_rows<NV>()), base = M / tiles, longer = M % tiles;
+    for (long k0 = 0; k0 < K; k0 += K_BLOCK) {
+        long depth = min_of(K_BLOCK, K - k0);
+        for (long p = 0; p < panels;) {
+            long group = min_of(max_panels<NV>(longer ? base + 1 : base), panels - p);
+            if (group == 3) group = 2;
+            TileFn<A> small = tile_for<A, NV, false>(base, group);
+            TileFn<A> large = longer ? tile_for<A, NV, false>(base + 1, group) : small;
+            for (long i = 0, row = 0; i < tiles; ++i) {
+                long rows = base + (i < longer);
+                (i < longer ? large : small)(a + row * lda + k0, lda, b + p * b_stride + k0 * W, b_stride,
+                                             depth, o + p * o_stride + row * ldo, ldo, o_stride,
+                                             accumulate || k0 > 0);
+                row += rows;
+            }
+            p += group;
+        }
+    }
+}
+
+// n x n transpose in log2(n) rounds of interleaving.
+template <class A>
+SK_INLINE void transpose(Vec<A>* rows) {
+    constexpr int n = Simd<A>::n;
+    using I = typename Simd<A>::I;
+    I low, high;
+    SK_UNROLL
+    for (int i = 0; i < n; ++i) {
+        low[i] = i / 2 + (i % 2) * n;
+        high[i] = i / 2 + n / 2 + (i % 2) * n;
+    }
+    SK_UNROLL
+    for (int round = 1; round < n; round *= 2) {
+        Vec<A> next[n];
+        SK_UNROLL
+        for (int i = 0; i < n / 2; ++i) {
+            next[2 * i] = __builtin_shuffle(rows[i], rows[i + n / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + n / 2], high);
+        }
+        SK_UNROLL
+        for (int i = 0; i < n; ++i) rows[i] = next[i];
+    }
+}
+
+// Panel column block: to[k][0..n) (row stride W) = w[0..lanes)[k] for k < K; w has K contiguous per row
+// (stride ldw).
+template <class A, class S>
+void pack_transposed(A* to, long W, const S* w, long ldw, long lanes, long K) {
+    constexpr int n = Simd<A>::n;
+    for (long k = 0; k < K; k += n) {
+        Vec<A> block[n];
+        long left = K - k;
+        SK_UNROLL
+        for (int i = 0; i < n; ++i) block[i] = i < lanes ? load_n<A>(w + i * ldw + k, left) : Vec<A>{};
+        transpose<A>(block);
+        if (left >= n) {
+            SK_UNROLL
+            for (int i = 0; i < n; ++i) store<A>(to + (k + i) * W, block[i]);
+        } else {
+            for (int i = 0; i < left; ++i) store<A>(to + (k + i) * W, block[i]);
+        }
+    }
+}
+
+// Panel: to[k][0..W) = w[k][0..columns), zeros behind.
+template <class A, class S>
+SK_INLINE void pack_row(A* to, long W, const S* w, long columns) {
+    for (long j = 0; j < W; j += Simd<A>::n)
+        store<A>(to + j, columns > j ? load_n<A>(w + j, columns - j) : Vec<A>{});
+}
+
+}  // namespace SEQKERN_ISA
+}  // namespace seqkern

@@ -1,0 +1,137 @@
+// All kernels of one ISA and their table. Included last in isa_*.cpp, under the target pragma and the
+// SEQKERN_ macros.
+#include "scan_backward.h"
+#include "scan_forward.h"
+
+namespace seqkern {
+namespace SEQKERN_ISA {
+
+#define SK_FOR_DTYPE(dtype, CellT, CALL) \
+    switch (dtype) {                     \
+        case Dtype::f32:                 \
+            CALL(CellT, float, float)    \
+        case Dtype::f64:                 \
+            CALL(CellT, double, double)  \
+        case Dtype::bf16:                \
+            CALL(CellT, float, bfloat)   \
+        case Dtype::f16:                 \
+            CALL(CellT, float, half)     \
+    }
+#define SK_FOR_CELL(cell, dtype, CALL)                \
+    switch (cell) {                                   \
+        case Cell::lstm:                              \
+            SK_FOR_DTYPE(dtype, Lstm, CALL) break;    \
+        case Cell::gru:                               \
+            SK_FOR_DTYPE(dtype, Gru, CALL) break;     \
+        case Cell::rnn_tanh:                          \
+            SK_FOR_DTYPE(dtype, RnnTanh, CALL) break; \
+        case Cell::rnn_relu:                          \
+            SK_FOR_DTYPE(dtype, RnnRelu, CALL) break; \
+    }
+
+static unsigned long forward_shared_bytes(const ForwardCall& c) {
+#define SK_CALL(C, A, S) return forward_bytes<C, A, S>(c);
+    SK_FOR_CELL(c.cell, c.dtype, SK_CALL)
+#undef SK_CALL
+    return 0;
+}
+
+static void forward(const ForwardCall& c, char* shared, const Team& team) {
+#define SK_CALL(C, A, S) return forward_run<C, A, S>(c, shared, team);
+    SK_FOR_CELL(c.cell, c.dtype, SK_CALL)
+#undef SK_CALL
+}
+
+static unsigned long backward_shared_bytes(const BackwardCall& c) {
+#define SK_CALL(C, A, S) return backward_bytes<C, A, S>(c);
+    SK_FOR_CELL(c.cell, c.dtype, SK_CALL)
+#undef SK_CALL
+    return 0;
+}
+
+static void backward(const BackwardCall& c, char* shared, const Team& team) {
+#define SK_CALL(C, A, S) return backward_run<C, A, S>(c, shared, team);
+    SK_FOR_CELL(c.cell, c.dtype, SK_CALL)
+#undef SK_CALL
+}
+
+template <class A>
+static void map(int function, const A* x, A* y, long count) {
+    for (long i = 0; i < count; i += Simd<A>::n) {
+        const long left = count - i;
+        Vec<A> v = load_n<A>(x + i, left);
+        store_n<A>(y + i, function == 0 ? exp<A>(v) : function == 1 ? sigmoid<A>(v) : tanh<A>(v), left);
+    }
+}
+
+static void probe_vmath(int function, bool is_double, const void* x, void* y, long count) {
+    if (is_double) {
+        map<double>(function, static_cast<const double*>(x), static_cast<double*>(y), count);
+    } else {
+        map<float>(function, static_cast<const float*>(x), static_cast<float*>(y), count);
+    }
+}
+
+// c[M][N] = a[M][K] b[K][N], row-major.
+template <class A>
+static bool multiply(long M, long N, long K, const A* a, const A* b, A* c) {
+    constexpr long PW = 2 * Simd<A>::n;
+    const long panels = ceil_div(N, PW);
+    Scratch scratch(sizeof(A) * (panels * K * PW + panels * M * PW));
+    if (!scratch.p) return false;
+    A *packed = static_cast<A*>(scratch.p), *out = packed + panels * K * PW;
+    for (long k = 0; k < K; ++k)
+        for (long p = 0; p < panels; ++p)
+            pack_row<A>(packed + (p * K + k) * PW, PW, b + k * N + p * PW, N - p * PW);
+    gemm<A, 2>(M, a, K, packed, K * PW, panels, K, out, PW, M * PW, false);
+    for (long m = 0; m < M; ++m)
+        for (long p = 0; p < panels; ++p)
+            copy_row<A>(c + m * N + p * PW, out + (p * M + m) * PW, min_of(PW, N - p * PW));
+    return true;
+}
+
+static bool probe_gemm(bool is_double, long M, long N, long K, const void* a, const void* b, void* c) {
+    if (is_double)
+        return multiply(M, N, K, static_cast<const double*>(a), static_cast<const double*>(b),
+                        static_cast<double*>(c));
+    return multiply(M, N, K, static_cast<const float*>(a), static_cast<const float*>(b),
+                    static_cast<float*>(c));
+}
+
+constexpr int CHAINS = 12;  // independent ones: two multiply-adds a cycle, a latency of up to five cycles
+
+static double probe_fma(long rounds) {
+    Vec<float> x[CHAINS], scale = Vec<float>{} + 0.999f, shift = Vec<float>{} + 0.001f;
+    SK_UNROLL
+    for (int i = 0; i < CHAINS; ++i) x[i] = Vec<float>{} + static_cast<float>(i);
+    for (long r = 0; r < rounds; ++r) {
+        SK_UNROLL
+        for (int i = 0; i < CHAINS; ++i) {
+            x[i] = x[i] * scale + shift;
+            asm volatile("" : "+x"(x[i]));
+        }
+    }
+    Vec<float> sum{};
+    SK_UNROLL
+    for (int i = 0; i < CHAINS; ++i) sum += x[i];
+    return sum[0];
+}
+
+static double probe_read(const float* p, long count) {
+    constexpr int n = Simd<float>::n, W = 8;
+    Vec<float> x[W] = {};
+    for (long i = 0; i + W * n <= count; i += W * n) SK_UNROLL
+    for (int j = 0; j < W; ++j) x[j] += load<float>(p + i + j * n);
+    Vec<float> sum{};
+    SK_UNROLL
+    for (int j = 0; j < W; ++j) sum += x[j];
+    return sum[0];
+}
+
+static const KernelTable table = {
+    SEQKERN_ISA_NAME, forward_shared_bytes, forward,   backward_shared_bytes,       backward,
+    probe_vmath,      probe_gemm,           probe_fma, 2 * CHAINS * Simd<float>::n, probe_read,
+};
+
+}  // namespace SEQKERN_ISA
+}  // namespace seqkern

@@ -1,0 +1,106 @@
+// Splitting and joining threads inside a team. No standard library here: this file is compiled into every
+// ISA.
+#pragma once
+
+#include <sched.h>
+
+#include "kernels.h"
+#include "simd.h"
+#include "team.h"
+
+namespace seqkern {
+
+namespace SEQKERN_ISA {
+
+// Spins for some microseconds, then yields: a thread that lost its core must not be waited for at full heat.
+SK_INLINE void barrier(Barrier* b, int threads) {
+    if (threads == 1) return;
+    int phase = __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&b->waiting, 1, __ATOMIC_ACQ_REL) == threads) {
+        __atomic_store_n(&b->waiting, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&b->phase, phase + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int spins = 0; __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE) == phase; ++spins) {
+        if (spins < 4000) {
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#endif
+        } else {
+            sched_yield();
+        }
+    }
+}
+
+// The first barrier of a call. False where a thread of the team came without its memory.
+SK_INLINE bool all_ready(const Team& team, const void* scratch) {
+    if (!scratch) __atomic_store_n(team.failed, 1, __ATOMIC_RELAXED);
+    barrier(&team.barriers[team.threads], team.threads);
+    return !__atomic_load_n(team.failed, __ATOMIC_RELAXED);
+}
+
+struct Range {
+    long begin, end;
+};
+
+SK_INLINE Range share(long items, long part, long parts) {
+    return {items * part / parts, items * (part + 1) / parts};
+}
+
+// Threads are first given whole directions, then rows of the batch (no barrier between them), and only then
+// hidden units (a barrier each step). The results do not depend on the split, so it may depend on the number
+// of threads.
+struct Group {
+    long direction, rows_begin, rows_end;
+    int index, member, members;
+};
+
+constexpr long ROWS_WORTH_A_THREAD = 4;
+
+SK_INLINE long groups_per_direction(const Layer& c, int threads) {
+    long per_direction = max_of(1, threads / c.D);
+    long split = min_of(per_direction, max_of(1, c.B / ROWS_WORTH_A_THREAD));
+    return split;
+}
+
+// The first row b such that rows [0, b) hold at least this share of all (t, b) pairs: packed batches split by
+// length.
+SK_INLINE long row_boundary(const Layer& c, long part, long parts) {
+    if (!c.packed || part == 0 || part == parts) return c.B * part / parts;
+    long done = 0, t = c.T;
+    for (long b = 0; b < c.B; ++b) {
+        while (t > 0 && c.row_start[t] - c.row_start[t - 1] <= b) --t;
+        if (done * parts >= c.N * part) return b;
+        done += t;
+    }
+    return c.B;
+}
+
+// The k-th group this thread works in; false when there is none left.
+SK_INLINE bool group_of(const Layer& c, const Team& team, long k, Group& g) {
+    long split = groups_per_direction(c, team.threads), groups = split * c.D;
+    long index, member, members;
+    if (team.threads <= groups) {
+        index = team.thread + k * team.threads;
+        if (index >= groups) return false;
+        member = 0, members = 1;
+    } else {
+        if (k > 0) return false;
+        members = team.threads / groups;
+        long larger = team.threads % groups;  // the first groups get one thread more
+        long cut = larger * (members + 1);
+        if (team.thread < cut) {
+            index = team.thread / (members + 1), member = team.thread % (members + 1), ++members;
+        } else {
+            index = larger + (team.thread - cut) / members, member = (team.thread - cut) % members;
+        }
+    }
+    g.index = index, g.member = member, g.members = members;
+    g.direction = index / split;
+    g.rows_begin = row_boundary(c, index % split, split);
+    g.rows_end = row_boundary(c, index % split + 1, split);
+    return true;
+}
+
+}  // namespace SEQKERN_ISA
+}  // namespace seqkern

@@ -1,0 +1,408 @@
+// Backward scan, in chunks of time: the steps of a chunk leave the gradients of the pre-activations ("gates")
+// behind, then the gradients of weights and input are matmuls over the whole chunk.
+#pragma once
+
+#include "scan_common.h"
+
+namespace seqkern {
+namespace SEQKERN_ISA {
+
+constexpr long BACKWARD_CHUNK_ROWS =
+    512;                       // depth of the weight gradients' matmul; 14 columns of it fit in L1
+constexpr long SUM_ROWS = 32;  // rows of a bias gradient summed before they join the rest
+
+template <class CellT, class A, class S>
+struct BackwardScan {
+    using Sh = Shape<CellT, A>;
+    static constexpr int n = Sh::n, G = Sh::G, PW = 2 * n;
+    static constexpr int KEPT =
+        G + CellT::APART;  // a cell that keeps x and r apart differs in its last gate only
+    static constexpr bool NATIVE = __is_same(A, S);
+
+    const BackwardCall& c;
+    Sh s;
+    long ld_gates, chunk,
+        K;  // columns kept: APART [n_x, first gates.., n_r], so that both sides are G H in a row
+    struct {
+        A *w_ih, *w_hh, *w_hr;  // packed [panel][k][PW]
+        A *carry, *dc;          // [B][ld]: gradients of the states between two steps
+        A *gates, *dh;          // [chunk][ld]; dh only where projected
+        A *x, *h, *full;        // [panel][chunk][PW]: inputs, previous states, unprojected outputs
+        A *d_w_ih, *d_w_hh, *d_w_hr, *d_b_ih, *d_b_hh;  // the results, or float ones to be rounded at the end
+    } d[2];
+    A* d_input;
+    bool projected, weights;
+
+    struct Chunk {
+        long begin, end, row, rows;  // time steps; first row and number of rows
+    };
+
+    BackwardScan(const BackwardCall& call, Arena& arena) : c(call), s(call) {
+        ld_gates = KEPT * c.H + (n - KEPT * c.H % n) % n + n;
+        chunk = min_of(max_of(BACKWARD_CHUNK_ROWS, c.B), c.N);
+        K = G * c.H;
+        projected = c.weights[0].w_hr != nullptr;
+        weights = c.d_weights[0].w_ih != nullptr;
+        d_input = c.D == 1 ? nullptr : result<A>(arena, c.d_input, c.N * c.I);
+        for (int i = 0; i < c.D; ++i) {
+            const auto& out = c.d_weights[i];
+            d[i].w_ih = c.d_input ? arena.take<A>(s.blocks_i * K * PW) : nullptr;
+            d[i].w_hh = arena.take<A>(s.blocks_p * K * PW);
+            d[i].w_hr = projected ? arena.take<A>(s.blocks_h * c.P * PW) : nullptr;
+            d[i].carry = arena.take<A>(c.B * s.ld_p);
+            d[i].dc = CellT::HAS_C ? arena.take<A>(c.B * s.ld_h) : nullptr;
+            d[i].gates = arena.take<A>(chunk * ld_gates);
+            d[i].dh = projected ? arena.take<A>(chunk * s.ld_p) : nullptr;
+            d[i].x = weights ? arena.take<A>(s.blocks_i * chunk * PW) : nullptr;
+            d[i].h = weights ? arena.take<A>(s.blocks_p * chunk * PW) : nullptr;
+            d[i].full = weights && projected ? arena.take<A>(s.blocks_h * chunk * PW) : nullptr;
+            d[i].d_w_ih = result<A>(arena, out.w_ih, K * c.I);
+            d[i].d_w_hh = result<A>(arena, out.w_hh, K * c.P);
+            d[i].d_w_hr = result<A>(arena, out.w_hr, c.P * c.H);
+            d[i].d_b_ih = result<A>(arena, out.b_ih, K);
+            d[i].d_b_hh = result<A>(arena, out.b_hh, K);
+        }
+    }
+
+    template <class To>
+    static To* result(Arena& arena, void* out, long count) {
+        if (!out) return nullptr;
+        return NATIVE ? static_cast<To*>(out) : arena.take<To>(count);
+    }
+
+    void run(const Team& team) {
+        Barrier* all = &team.barriers[team.threads];
+        Arena sizes{nullptr};
+        lay_out(sizes, team);
+        Scratch scratch(sizes.used);
+        Arena arena{static_cast<char*>(scratch.p)};
+        Buffers buf = lay_out(arena, team);
+        prepare(team);
+        if (!all_ready(team, scratch.p)) return;
+        Chunk now[2] = {first(0), first(1)};
+        for (bool start = true; now[0].rows || (c.D == 2 && now[1].rows); start = false) {
+            Group g;
+            for (long k = 0; group_of(c, team, k, g); ++k)
+                if (now[g.direction].rows) scan(g, now[g.direction], buf, &team.barriers[g.index]);
+            barrier(all, team.threads);
+            if (weights) {
+                for (int i = 0; i < c.D; ++i) pack_rows(i, now[i], team);
+                barrier(all, team.threads);
+                for (int i = 0; i < c.D; ++i) weight_gradients(i, now[i].rows, !start, team, buf);
+            }
+            if (c.d_input) {
+                for (int i = 0; i < c.D; ++i) {
+                    if (i) barrier(all, team.threads);  // both directions add to the same rows
+                    input_gradient(i, now[i], team, buf);
+                }
+            }
+            barrier(all, team.threads);
+            for (int i = 0; i < c.D; ++i) now[i] = next(i, now[i]);
+        }
+        finish(team);
+    }
+
+    // Chunks in the order of the scan: forwards direction from the last step down, the reverse one from the
+    // first up.
+    Chunk first(int i) const { return i ? grow_up(0) : grow_down(c.T); }
+    Chunk next(int i, const Chunk& at) const { return i ? grow_up(at.end) : grow_down(at.begin); }
+    Chunk grow_down(long end) const {
+        long begin = end;
+        while (begin > 0 && (begin == end || c.row_start[end] - c.row_start[begin - 1] <= chunk)) --begin;
+        return {begin, end, c.row_start[begin], c.row_start[end] - c.row_start[begin]};
+    }
+    Chunk grow_up(long begin) const {
+        long end = begin;
+        while (end < c.T && (end == begin || c.row_start[end + 1] - c.row_start[begin] <= chunk)) ++end;
+        return {begin, end, c.row_start[begin], c.row_start[end] - c.row_start[begin]};
+    }
+
+    struct Buffers {
+        A *block, *tile, *rows, *pre;
+    };
+    Buffers lay_out(Arena& arena, const Team& team) const {
+        constexpr int MR = max_rows<2>();
+        return {arena.take<A>(chunk * MR), arena.take<A>(MR * PW),
+                c.d_input ? arena.take<A>(ceil_div(chunk, team.threads) * s.blocks_i * PW) : nullptr,
+                projected ? arena.take<A>(c.B * s.blocks_h * PW) : nullptr};
+    }
+
+    // Row of the weights that belongs to column k of the x side; the r side's columns are in the weights'
+    // order.
+    long x_weight_row(long k) const { return !CellT::APART ? k : k < c.H ? (G - 1) * c.H + k : k - c.H; }
+    const A* r_gates(int i) const { return d[i].gates + (CellT::APART ? c.H : 0); }
+
+    void prepare(const Team& team) {
+        for (int i = 0; i < c.D; ++i) {
+            const auto& w = c.weights[i];
+            Range k = share(K, team.thread, team.threads);
+            for (long r = k.begin; r < k.end; ++r) {
+                if (c.d_input)
+                    pack_panels(d[i].w_ih, r, K, static_cast<const S*>(w.w_ih) + x_weight_row(r) * c.I, c.I);
+                pack_panels(d[i].w_hh, r, K, static_cast<const S*>(w.w_hh) + r * c.P, c.P);
+            }
+            k = share(projected ? c.P : 0, team.thread, team.threads);
+            for (long r = k.begin; r < k.end; ++r)
+                pack_panels(d[i].w_hr, r, c.P, static_cast<const S*>(w.w_hr) + r * c.H, c.H);
+            k = share(c.B, team.thread, team.threads);
+            for (long b = k.begin; b < k.end; ++b) {
+                start_state(d[i].carry + b * s.ld_p, c.grad_h_n, (i * c.B + b) * c.P, c.P);
+                if (CellT::HAS_C) start_state(d[i].dc + b * s.ld_h, c.grad_c_n, (i * c.B + b) * c.H, c.H);
+            }
+        }
+        Range all = share(d_input ? c.N * c.I : 0, team.thread, team.threads);
+        for (long k = all.begin; k < all.end; ++k) d_input[k] = 0;
+    }
+
+    static void start_state(A* to, const void* grad, long at, long width) {
+        if (grad) {
+            copy_row<A>(to, static_cast<const S*>(grad) + at, width);
+        } else {
+            for (long j = 0; j < width; ++j) to[j] = 0;
+        }
+    }
+
+    // Row k of a matrix with `depth` rows into its panels.
+    template <class From>
+    static void pack_panels(A* to, long k, long depth, const From* row, long width) {
+        for (long p = 0; p * PW < width; ++p)
+            pack_row<A>(to + (p * depth + k) * PW, PW, row + p * PW, width - p * PW);
+    }
+
+    // The row that precedes (t, b) in the scan's own order, or -1 where that is the initial state.
+    long previous(int i, long t, long b) const {
+        if (i == 0) return t ? c.row_start[t - 1] + b : -1;
+        return t + 1 < c.T && b < active(c, t + 1) ? c.row_start[t + 1] + b : -1;
+    }
+    const A* reserved(int i, long row) const {
+        return static_cast<const A*>(c.reserve) + (i * c.N + row) * Sh::RESERVE * c.H;
+    }
+    const S* output_row(int i, long row) const {
+        return static_cast<const S*>(c.output) + (row * c.D + i) * c.P;
+    }
+    const S* h_before(int i, long t, long b) const {
+        long row = previous(i, t, b);
+        return row < 0 ? static_cast<const S*>(c.hx) + (i * c.B + b) * c.P : output_row(i, row);
+    }
+
+    void scan(const Group& g, const Chunk& now, const Buffers& buf, Barrier* joint) {
+        const int i = g.direction;
+        Range units = share(s.blocks_h, g.member, g.members), outs = share(s.blocks_p, g.member, g.members);
+        const long first_out = outs.begin, panels = outs.end - outs.begin;
+        for (long step = now.begin; step < now.end; ++step) {
+            const long t = i ? step : now.begin + now.end - 1 - step, m = active_in(c, t, g);
+            if (m == 0) continue;
+            const long row = c.row_start[t] + g.rows_begin, at = row - now.row;
+            if (projected) {
+                for (long b = 0; b < m; ++b)
+                    for (long j = outs.begin * PW; j < min_of(c.P, outs.end * PW); j += n)
+                        store<A>(d[i].dh + (at + b) * s.ld_p + j, incoming(i, g.rows_begin + b, row + b, j));
+                barrier(joint, g.members);
+                gemm<A, 2>(m, d[i].dh + at * s.ld_p, s.ld_p, d[i].w_hr + units.begin * c.P * PW, c.P * PW,
+                           units.end - units.begin, c.P, buf.pre, PW, m * PW, false);
+            }
+            for (long j = units.begin * PW; j < min_of(c.H, units.end * PW); j += n) {
+                const long panel = j / PW - units.begin;
+                cell_rows(i, g.rows_begin, t, m, j, at,
+                          projected ? buf.pre + panel * m * PW + j % PW : nullptr);
+            }
+            barrier(joint, g.members);
+            gemm<A, 2>(m, r_gates(i) + at * ld_gates, ld_gates, d[i].w_hh + first_out * K * PW, K * PW,
+                       panels, K, d[i].carry + g.rows_begin * s.ld_p + first_out * PW, s.ld_p, PW,
+                       CellT::APART);
+            barrier(joint, g.members);
+        }
+    }
+
+    // The gradient that reaches h of (t, b): from the next step and from the output.
+    Vec<A> incoming(int i, long b, long row, long j) const {
+        Vec<A> dh = load<A>(d[i].carry + b * s.ld_p + j);
+        if (!c.grad_output) return dh;
+        return dh + load_n<A>(static_cast<const S*>(c.grad_output) + (row * c.D + i) * c.P + j, c.P - j);
+    }
+
+    // Units [j, j + n) of m rows. pre: [row][PW], the gradient of the unprojected output.
+    void cell_rows(int i, long rows_begin, long t, long m, long j, long at, const A* pre) {
+        const long left = c.H - j;
+        for (long k = 0; k < m; ++k) {
+            const long b = rows_begin + k, row = c.row_start[t] + b;
+            Vec<A> reserve[Sh::RESERVE + 1], dx[G], dr[G], h_prev{}, c_prev{}, dc{};
+            const A* from = reserved(i, row) + j;
+            for (int r = 0; r < Sh::RESERVE; ++r) reserve[r] = load_n<A>(from + r * c.H, left);
+            if (Sh::RESERVE == 0) reserve[0] = load_n<A>(output_row(i, row) + j, left);
+            if (CellT::APART) h_prev = load_n<A>(h_before(i, t, b) + j, left);
+            if (CellT::HAS_C) {
+                const long before = previous(i, t, b);
+                c_prev = before < 0 ? load_n<A>(static_cast<const S*>(c.cx) + (i * c.B + b) * c.H + j, left)
+                                    : load_n<A>(reserved(i, before) + (Sh::RESERVE - 1) * c.H + j, left);
+                dc = load<A>(d[i].dc + b * s.ld_h + j);
+            }
+            Vec<A> dh = projected ? load<A>(pre + k * PW) : incoming(i, b, row, j);
+            Vec<A> direct = CellT::template bwd<Math<A>>(reserve, h_prev, c_prev, dh, dc, dx, dr);
+            if (CellT::HAS_C) store<A>(d[i].dc + b * s.ld_h + j, dc);
+            if (CellT::APART) store<A>(d[i].carry + b * s.ld_p + j, direct);
+            A* to = d[i].gates + (at + k) * ld_gates + j;
+            if (CellT::APART) {
+                store_n<A>(to, dx[G - 1], left);
+                for (int q = 0; q < G; ++q) store_n<A>(to + (q + 1) * c.H, dr[q], left);
+            } else {
+                for (int q = 0; q < G; ++q) store_n<A>(to + q * c.H, dx[q], left);
+            }
+        }
+    }
+
+    // What multiplies the gates in the weight gradients.
+    void pack_rows(int i, const Chunk& now, const Team& team) {
+        for (long t = now.begin; t < now.end; ++t) {
+            const long first = c.row_start[t] - now.row;
+            for (long b = 0; b < active(c, t); ++b) {
+                const long k = first + b;
+                if (k * team.threads / now.rows != team.thread) continue;
+                pack_panels(d[i].x, k, chunk, input_row<S>(c, t, b), c.I);
+                pack_panels(d[i].h, k, chunk, h_before(i, t, b), c.P);
+                if (!projected) continue;
+                const A* from = reserved(i, c.row_start[t] + b);
+                for (long j = 0; j < s.blocks_h * PW; j += n) {
+                    Vec<A> full{};
+                    if constexpr (CellT::HAS_C)
+                        if (j < c.H)
+                            full = load_n<A>(from + 3 * c.H + j, c.H - j) *
+                                   tanh<A>(load_n<A>(from + 4 * c.H + j, c.H - j));
+                    store<A>(d[i].full + (j / PW * chunk + k) * PW + j % PW, full);
+                }
+            }
+        }
+    }
+
+    void weight_gradients(int i, long rows, bool add, const Team& team, const Buffers& buf) {
+        if (rows == 0) return;
+        const long blocks = ceil_div(c.H, max_rows<2>());
+        for (long item = team.thread; item < KEPT * blocks; item += team.threads) {
+            const long kept = item / blocks;
+            Range units = share(c.H, item % blocks, blocks);
+            const long width = units.end - units.begin;
+            const bool x_side = !CellT::APART || kept < G, r_side = !CellT::APART || kept > 0;
+            const long x_row = x_weight_row(kept * c.H) + units.begin, r_row = x_row;
+            const A* from = d[i].gates + kept * c.H + units.begin;
+            A sums[max_rows<2>()];
+            pack_block(buf.block, from, ld_gates, width, rows, sums);
+            if (x_side) {
+                block_gradient(buf, width, rows, d[i].x, c.I, d[i].d_w_ih + x_row * c.I, add);
+                bias_gradient(d[i].d_b_ih, x_row, sums, width, add);
+            }
+            if (r_side) {
+                block_gradient(buf, width, rows, d[i].h, c.P, d[i].d_w_hh + r_row * c.P, add);
+                bias_gradient(d[i].d_b_hh, r_row, sums, width, add);
+            }
+        }
+        const long out_blocks = projected ? ceil_div(c.P, max_rows<2>()) : 0;
+        for (long item = team.thread; item < out_blocks; item += team.threads) {
+            Range units = share(c.P, item, out_blocks);
+            A sums[max_rows<2>()];
+            pack_block(buf.block, d[i].dh + units.begin, s.ld_p, units.end - units.begin, rows, sums);
+            block_gradient(buf, units.end - units.begin, rows, d[i].full, c.H,
+                           d[i].d_w_hr + units.begin * c.H, add);
+        }
+    }
+
+    // to[row][width] = from[row][0..width), and the sums over the rows.
+    static void pack_block(A* to, const A* from, long ld, long width, long rows, A* sums) {
+        for (long m = 0; m < width; ++m) sums[m] = 0;
+        for (long first = 0; first < rows; first += SUM_ROWS) {
+            A part[max_rows<2>()] = {};
+            for (long k = first; k < min_of(rows, first + SUM_ROWS); ++k)
+                for (long m = 0; m < width; ++m) {
+                    A v = from[k * ld + m];
+                    to[k * width + m] = v;
+                    part[m] += v;
+                }
+            for (long m = 0; m < width; ++m) sums[m] += part[m];
+        }
+    }
+
+    // to[width][columns] (+)= block^T b, b in panels.
+    void block_gradient(const Buffers& buf, long width, long rows, const A* b, long columns, A* to,
+                        bool add) const {
+        TileFn<A> run = tile_for<A, 2, true>(width, 1);
+        for (long p = 0; p * PW < columns; ++p) {
+            run(buf.block, width, b + p * chunk * PW, 0, rows, buf.tile, PW, 0, false);
+            for (long m = 0; m < width; ++m)
+                emit(to + m * columns + p * PW, buf.tile + m * PW, columns - p * PW, add);
+        }
+    }
+
+    // At most one panel's width of a result.
+    template <class To>
+    static void emit(To* to, const A* from, long columns, bool add) {
+        for (long j = 0; j < min_of(PW, columns); j += n) {
+            Vec<A> v = load<A>(from + j);
+            if (add) v += load_n<A>(to + j, columns - j);
+            store_n<A>(to + j, v, columns - j);
+        }
+    }
+
+    static void bias_gradient(A* to, long first, const A* sums, long width, bool add) {
+        if (!to) return;
+        for (long m = 0; m < width; ++m) to[first + m] = add ? to[first + m] + sums[m] : sums[m];
+    }
+
+    void input_gradient(int i, const Chunk& now, const Team& team, const Buffers& buf) {
+        Range rows = share(now.rows, team.thread, team.threads);
+        const long m = rows.end - rows.begin;
+        gemm<A, 2>(m, d[i].gates + rows.begin * ld_gates, ld_gates, d[i].w_ih, K * PW, s.blocks_i, K,
+                   buf.rows, PW, m * PW, false);
+        for (long k = 0; k < m; ++k)
+            for (long p = 0; p < s.blocks_i; ++p) {
+                const long at = (now.row + rows.begin + k) * c.I + p * PW;
+                const A* from = buf.rows + (p * m + k) * PW;
+                if (d_input) {
+                    emit(d_input + at, from, c.I - p * PW, true);
+                } else {
+                    emit(static_cast<S*>(c.d_input) + at, from, c.I - p * PW, false);
+                }
+            }
+    }
+
+    void finish(const Team& team) {
+        for (int i = 0; i < c.D; ++i) {
+            Range rows = share(c.B, team.thread, team.threads);
+            for (long b = rows.begin; b < rows.end; ++b) {
+                copy_out(static_cast<S*>(c.d_hx) + (i * c.B + b) * c.P, d[i].carry + b * s.ld_p, c.P);
+                if (CellT::HAS_C)
+                    copy_out(static_cast<S*>(c.d_cx) + (i * c.B + b) * c.H, d[i].dc + b * s.ld_h, c.H);
+            }
+            const auto& out = c.d_weights[i];
+            rounded(out.w_ih, d[i].d_w_ih, K * c.I, team);
+            rounded(out.w_hh, d[i].d_w_hh, K * c.P, team);
+            rounded(out.w_hr, d[i].d_w_hr, c.P * c.H, team);
+            rounded(out.b_ih, d[i].d_b_ih, K, team);
+            rounded(out.b_hh, d[i].d_b_hh, K, team);
+        }
+        if (d_input) rounded(c.d_input, d_input, c.N * c.I, team);
+    }
+
+    static void copy_out(S* to, const A* from, long count) {
+        for (long j = 0; j < count; j += n) store_n<A>(to + j, load_n<A>(from + j, count - j), count - j);
+    }
+    static void rounded(void* out, const A* from, long count, const Team& team) {
+        if (NATIVE || !out) return;
+        Range r = share(count, team.thread, team.threads);
+        copy_out(static_cast<S*>(out) + r.begin, from + r.begin, r.end - r.begin);
+    }
+};
+
+template <class CellT, class A, class S>
+unsigned long backward_bytes(const BackwardCall& c) {
+    Arena arena{nullptr};
+    BackwardScan<CellT, A, S> scan(c, arena);
+    return arena.used;
+}
+
+template <class CellT, class A, class S>
+void backward_run(const BackwardCall& c, char* shared, const Team& team) {
+    Arena arena{shared};
+    BackwardScan<CellT, A, S>(c, arena).run(team);
+}
+
+}  // namespace SEQKERN_ISA
+}  // namespace seqkern

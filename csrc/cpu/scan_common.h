@@ -1,0 +1,86 @@
+// What the forward and backward scans share: workspace layout, packing of the weights, math policy, cells as
+// table.
+#pragma once
+
+#include "../cells.h"
+#include "gemm.h"
+#include "parallel.h"
+#include "vmath.h"
+
+namespace seqkern {
+namespace SEQKERN_ISA {
+
+template <class A>
+struct Math {
+    static SK_INLINE Vec<A> sigmoid(Vec<A> x) { return SEQKERN_ISA::sigmoid<A>(x); }
+    static SK_INLINE Vec<A> tanh(Vec<A> x) { return SEQKERN_ISA::tanh<A>(x); }
+};
+
+// Hands out 64-byte aligned pieces; with base null it only counts.
+struct Arena {
+    char* base;
+    unsigned long used = 0;
+
+    template <class A>
+    A* take(long n) {
+        A* p = reinterpret_cast<A*>(base + used);
+        used += (static_cast<unsigned long>(n) * sizeof(A) + 63) / 64 * 64;
+        return base ? p : nullptr;
+    }
+};
+
+// Hidden units are shared out in blocks of two vectors; a panel of the cell's matmul holds U vectors of each
+// gate.
+template <class CellT, class A>
+struct Shape {
+    static constexpr int n = Simd<A>::n, G = CellT::G;
+    static constexpr int U = G == 1 ? 2 : 1, NV = G * U, W = NV * n;
+    static constexpr int BLOCK = 2 * n, PANELS = 2 / U;  // panels in a block
+    static constexpr int RESERVE = CellT::R;
+    long I, H, P, blocks_h, blocks_p, blocks_i, ld_h, ld_p, ld_i;
+
+    explicit Shape(const Layer& c) : I(c.I), H(c.H), P(c.P) {
+        blocks_h = ceil_div(H, BLOCK), blocks_p = ceil_div(P, BLOCK), blocks_i = ceil_div(I, BLOCK);
+        ld_h = padded(blocks_h), ld_p = padded(blocks_p), ld_i = padded(blocks_i);
+    }
+    // A row more than a whole number of blocks: rows a power of two apart would share a few cache sets.
+    static long padded(long blocks) { return blocks * BLOCK + n; }
+};
+
+// Row bookkeeping of step t.
+SK_INLINE long active(const Layer& c, long t) { return c.row_start[t + 1] - c.row_start[t]; }
+SK_INLINE long active_in(const Layer& c, long t, const Group& g) {
+    return max_of(0, min_of(g.rows_end, active(c, t)) - g.rows_begin);
+}
+
+// Element address of input row (t, b).
+template <class S>
+SK_INLINE const S* input_row(const Layer& c, long t, long b) {
+    return static_cast<const S*>(c.input) + (c.packed ? c.row_start[t] * c.input_b : t * c.input_t) +
+           b * c.input_b;
+}
+
+// W (G H x K) into forward panels [H / (U n)][K][G][U][n].
+template <class CellT, class A, class S>
+void pack_gates(A* to, const S* w, long K, const Shape<CellT, A>& s, long panel) {
+    constexpr int n = Shape<CellT, A>::n, U = Shape<CellT, A>::U, W = Shape<CellT, A>::W;
+    A* out = to + panel * K * W;
+    for (int g = 0; g < CellT::G; ++g)
+        for (int u = 0; u < U; ++u) {
+            long unit = (panel * U + u) * n;
+            pack_transposed<A>(out + (g * U + u) * n, W, w + (g * s.H + unit) * K, K, s.H - unit, K);
+        }
+}
+
+// W (R x K) into forward panels [R / 2n][K][2n].
+template <class A, class S>
+void pack_plain(A* to, const S* w, long R, long K, long panel) {
+    constexpr int n = Simd<A>::n;
+    for (int u = 0; u < 2; ++u) {
+        long row = (panel * 2 + u) * n;
+        pack_transposed<A>(to + panel * K * 2 * n + u * n, 2 * n, w + row * K, K, R - row, K);
+    }
+}
+
+}  // namespace SEQKERN_ISA
+}  // namespace seqkern

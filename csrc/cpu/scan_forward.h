@@ -1,0 +1,253 @@
+// Forward scan: input projection in cache-sized time chunks, then per step the recurrent matmul and the cell,
+// panel by panel while the pre-activations are in L1.
+#pragma once
+
+#include "scan_common.h"
+
+namespace seqkern {
+namespace SEQKERN_ISA {
+
+constexpr long FORWARD_CHUNK_ROWS = 128;                 // rows that amortise one pass over W_ih
+constexpr unsigned long FORWARD_CHUNK_BYTES = 1u << 20;  // of pre-activations, unless one step needs more
+
+template <class CellT, class A, class S>
+struct ForwardScan {
+    using Sh = Shape<CellT, A>;
+    static constexpr int n = Sh::n, G = Sh::G, U = Sh::U, NV = Sh::NV, W = Sh::W;
+
+    const ForwardCall& c;
+    Sh s;
+    struct {
+        A *w_ih, *w_hh, *w_hr;    // packed
+        A *bias_x, *bias_r;       // [panel][W]; bias_r only where the cell keeps r apart
+        A *h[2], *cell, *h_full;  // [B][ld]; h doubles so that a step reads one and writes the other
+    } d[2];
+
+    ForwardScan(const ForwardCall& call, Arena& arena) : c(call), s(call) {
+        long panels = s.blocks_h * Sh::PANELS;
+        for (int i = 0; i < c.D; ++i) {
+            d[i].w_ih = arena.take<A>(panels * c.I * W);
+            d[i].w_hh = arena.take<A>(panels * c.P * W);
+            d[i].w_hr = c.weights[i].w_hr ? arena.take<A>(s.blocks_p * c.H * 2 * n) : nullptr;
+            d[i].bias_x = arena.take<A>(panels * W);
+            d[i].bias_r = arena.take<A>(panels * W);
+            for (auto& h : d[i].h) h = arena.take<A>(c.B * max_of(s.ld_p, s.ld_h));
+            d[i].cell = CellT::HAS_C ? arena.take<A>(c.B * s.ld_h) : nullptr;
+            d[i].h_full = c.weights[i].w_hr ? arena.take<A>(c.B * s.ld_h) : nullptr;
+        }
+    }
+
+    void prepare(const Team& team) {
+        long panels = s.blocks_h * Sh::PANELS;
+        for (int i = 0; i < c.D; ++i) {
+            const auto& w = c.weights[i];
+            for (long p = team.thread; p < panels; p += team.threads) {
+                pack_gates<CellT, A>(d[i].w_ih, static_cast<const S*>(w.w_ih), c.I, s, p);
+                pack_gates<CellT, A>(d[i].w_hh, static_cast<const S*>(w.w_hh), c.P, s, p);
+                pack_bias(i, p);
+            }
+            if (w.w_hr)
+                for (long p = team.thread; p < s.blocks_p; p += team.threads)
+                    pack_plain<A>(d[i].w_hr, static_cast<const S*>(w.w_hr), c.P, c.H, p);
+            Range rows = share(c.B, team.thread, team.threads);
+            for (long b = rows.begin; b < rows.end; ++b) {
+                const S* h0 = static_cast<const S*>(c.hx) + (i * c.B + b) * c.P;
+                for (auto h : d[i].h) copy_row<A>(h + b * s.ld_p, h0, c.P);
+                if (CellT::HAS_C)
+                    copy_row<A>(d[i].cell + b * s.ld_h, static_cast<const S*>(c.cx) + (i * c.B + b) * c.H,
+                                c.H);
+            }
+        }
+    }
+
+    void pack_bias(int i, long p) {
+        const S* b_ih = static_cast<const S*>(c.weights[i].b_ih);
+        const S* b_hh = static_cast<const S*>(c.weights[i].b_hh);
+        for (int g = 0; g < G; ++g)
+            for (int u = 0; u < U; ++u) {
+                long unit = (p * U + u) * n, left = c.H - unit;
+                Vec<A> x{}, r{};
+                if (left > 0 && b_ih)
+                    x = load_n<A>(b_ih + g * c.H + unit, left), r = load_n<A>(b_hh + g * c.H + unit, left);
+                store<A>(d[i].bias_x + p * W + (g * U + u) * n, CellT::APART ? x : x + r);
+                store<A>(d[i].bias_r + p * W + (g * U + u) * n, r);
+            }
+    }
+
+    // The cell on `rows` rows of one panel. x, r: [row][W] pre-activations without bias.
+    void cell_rows(const Group& g, long p, long rows, const A* x, const A* r, const A* h_prev, A* h_next,
+                   long row0) {
+        long dir = g.direction;
+        const A *bx = d[dir].bias_x + p * W, *br = d[dir].bias_r + p * W;
+        const bool projected = c.weights[dir].w_hr != nullptr;
+        A* h_out = projected ? d[dir].h_full : h_next;
+        const long ld_out = projected ? s.ld_h : s.ld_p;
+        for (int u = 0; u < U; ++u) {
+            long unit = (p * U + u) * n, left = c.H - unit;
+            if (left <= 0) break;
+            Vec<A> bias_x[G], bias_r[G];
+            for (int k = 0; k < G; ++k) {
+                bias_x[k] = load<A>(bx + (k * U + u) * n);
+                if (CellT::APART) bias_r[k] = load<A>(br + (k * U + u) * n);
+            }
+            for (long m = 0; m < rows; ++m) {
+                long b = g.rows_begin + m, row = row0 + m;
+                Vec<A> px[G], pr[G], reserve[Sh::RESERVE + 1], cell{}, h, hp{};
+                for (int k = 0; k < G; ++k) {
+                    px[k] = load<A>(x + m * W + (k * U + u) * n) + bias_x[k];
+                    if (CellT::APART) pr[k] = load<A>(r + m * W + (k * U + u) * n) + bias_r[k];
+                }
+                if (CellT::APART) hp = load<A>(h_prev + b * s.ld_p + unit);
+                if (CellT::HAS_C) cell = load<A>(d[dir].cell + b * s.ld_h + unit);
+                CellT::template fwd<Math<A>>(px, pr, hp, cell, h, reserve);
+                if (CellT::HAS_C) store<A>(d[dir].cell + b * s.ld_h + unit, cell);
+                store<A>(h_out + b * ld_out + unit, h);
+                if (!projected)
+                    store_n<A>(static_cast<S*>(c.output) + (row * c.D + dir) * c.P + unit, h, left);
+                if (Sh::RESERVE && c.reserve) {
+                    A* to = static_cast<A*>(c.reserve) + (dir * c.N + row) * Sh::RESERVE * c.H + unit;
+                    for (int k = 0; k < Sh::RESERVE; ++k) store_n<A>(to + k * c.H, reserve[k], left);
+                }
+            }
+        }
+    }
+
+    void run(const Team& team) {
+        Group g;
+        unsigned long bytes = 0;
+        for (long k = 0; group_of(c, team, k, g); ++k) {
+            Arena sizes{nullptr};
+            lay_out(sizes, g);
+            bytes = bytes < sizes.used ? sizes.used : bytes;
+        }
+        Scratch scratch(bytes);
+        prepare(team);
+        if (!all_ready(team, scratch.p)) return;
+        for (long k = 0; group_of(c, team, k, g); ++k) {
+            Arena arena{static_cast<char*>(scratch.p)};
+            run_group(g, lay_out(arena, g), &team.barriers[g.index]);
+        }
+    }
+
+    struct Buffers {
+        long chunk_rows;
+        A *input, *x, *r;
+    };
+    Buffers lay_out(Arena& arena, const Group& g) const {
+        Range blocks = share(s.blocks_h, g.member, g.members);
+        const long width = max_of(1, g.rows_end - g.rows_begin);
+        const long panels = max_of(1, (blocks.end - blocks.begin) * Sh::PANELS);
+        const long fitting = FORWARD_CHUNK_BYTES / (sizeof(A) * panels * W);
+        const long rows = min_of(width * c.T, max_of(width, min_of(fitting, FORWARD_CHUNK_ROWS)));
+        return {rows, arena.take<A>(rows * s.ld_i), arena.take<A>(panels * rows * W),
+                arena.take<A>(width * 4 * W)};
+    }
+
+    void run_group(const Group& g, const Buffers& buf, Barrier* joint) {
+        const long dir = g.direction, chunk_rows = buf.chunk_rows;
+        const bool projected = c.weights[dir].w_hr != nullptr;
+        Range blocks = share(s.blocks_h, g.member, g.members),
+              out_blocks = share(s.blocks_p, g.member, g.members);
+        const long p0 = blocks.begin * Sh::PANELS, panels = (blocks.end - blocks.begin) * Sh::PANELS;
+
+        for (long step = 0; step < c.T;) {
+            long rows = 0, end = step;
+            for (; end < c.T; ++end) {
+                long more = active_in(c, time_of(dir, end), g);
+                if (end > step && rows + more > chunk_rows) break;
+                rows += more;
+            }
+            long at = 0;
+            for (long i = step; i < end; ++i) {
+                long t = time_of(dir, i), m = active_in(c, t, g);
+                for (long b = 0; b < m; ++b)
+                    copy_row<A>(buf.input + (at + b) * s.ld_i, input_row<S>(c, t, g.rows_begin + b), c.I);
+                at += m;
+            }
+            gemm<A, NV>(rows, buf.input, s.ld_i, d[dir].w_ih + p0 * c.I * W, c.I * W, panels, c.I, buf.x, W,
+                        chunk_rows * W, false);
+            at = 0;
+            for (long i = step; i < end; ++i) {
+                long t = time_of(dir, i), m = active_in(c, t, g);
+                one_step(g, i, t, m, p0, panels, buf, buf.x + at * W, chunk_rows * W, out_blocks, projected,
+                         joint);
+                long next = i + 1 < c.T ? active_in(c, time_of(dir, i + 1), g) : 0;
+                finish_rows(g, i, next, m, blocks, out_blocks);
+                at += m;
+            }
+            step = end;
+        }
+    }
+
+    long time_of(long dir, long step) const { return dir ? c.T - 1 - step : step; }
+
+    void one_step(const Group& g, long step, long t, long m, long p0, long panels, const Buffers& buf, A* x,
+                  long x_stride, Range out_blocks, bool projected, Barrier* joint) {
+        const long dir = g.direction, row0 = c.row_start[t] + g.rows_begin;
+        const A* h_prev = d[dir].h[step & 1];
+        A* h_next = d[dir].h[(step + 1) & 1];
+        const A* a = h_prev + g.rows_begin * s.ld_p;
+        const long group = max_panels<NV>(ceil_div(m, ceil_div(max_of(m, 1), max_rows<NV>())));
+        for (long p = 0; m > 0 && p < panels; p += group) {
+            long count = min_of(group, panels - p);
+            const A* w = d[dir].w_hh + (p0 + p) * c.P * W;
+            if (CellT::APART) {
+                gemm<A, NV>(m, a, s.ld_p, w, c.P * W, count, c.P, buf.r, W, m * W, false);
+            } else {
+                gemm<A, NV>(m, a, s.ld_p, w, c.P * W, count, c.P, x + p * x_stride, W, x_stride, true);
+            }
+            for (long i = 0; i < count; ++i)
+                cell_rows(g, p0 + p + i, m, x + (p + i) * x_stride, buf.r + i * m * W, h_prev, h_next, row0);
+        }
+        if (projected) {
+            barrier(joint, g.members);
+            const A* full = d[dir].h_full + g.rows_begin * s.ld_h;
+            for (long p = out_blocks.begin; m > 0 && p < out_blocks.end; ++p) {
+                A* to = h_next + g.rows_begin * s.ld_p + p * 2 * n;
+                gemm<A, 2>(m, full, s.ld_h, d[dir].w_hr + p * c.H * 2 * n, 0, 1, c.H, to, s.ld_p, 0, false);
+                for (long b = 0; b < m; ++b)
+                    for (long j = p * 2 * n; j < min_of(c.P, (p + 1) * 2 * n); j += n)
+                        store_n<A>(static_cast<S*>(c.output) + ((row0 + b) * c.D + dir) * c.P + j,
+                                   load<A>(h_next + (g.rows_begin + b) * s.ld_p + j), c.P - j);
+            }
+        }
+        barrier(joint, g.members);
+    }
+
+    // Rows [next, m) of the group end with this step: their state is final.
+    void finish_rows(const Group& g, long step, long next, long m, Range blocks, Range out_blocks) {
+        const long dir = g.direction;
+        const bool projected = c.weights[dir].w_hr != nullptr;
+        Range h_units = projected ? out_blocks : blocks;
+        for (long b = g.rows_begin + next; b < g.rows_begin + m; ++b) {
+            long j = h_units.begin * Sh::BLOCK, end = min_of(c.P, h_units.end * Sh::BLOCK);
+            if (c.h_n && j < end)
+                write_row(static_cast<S*>(c.h_n) + (dir * c.B + b) * c.P,
+                          d[dir].h[(step + 1) & 1] + b * s.ld_p, j, end);
+            if (!CellT::HAS_C) continue;
+            j = blocks.begin * Sh::BLOCK, end = min_of(c.H, blocks.end * Sh::BLOCK);
+            if (j < end)
+                write_row(static_cast<S*>(c.c_n) + (dir * c.B + b) * c.H, d[dir].cell + b * s.ld_h, j, end);
+        }
+    }
+
+    static void write_row(S* to, const A* from, long begin, long end) {
+        for (long j = begin; j < end; j += n) store_n<A>(to + j, load<A>(from + j), end - j);
+    }
+};
+
+template <class CellT, class A, class S>
+unsigned long forward_bytes(const ForwardCall& c) {
+    Arena arena{nullptr};
+    ForwardScan<CellT, A, S> scan(c, arena);
+    return arena.used;
+}
+
+template <class CellT, class A, class S>
+void forward_run(const ForwardCall& c, char* shared, const Team& team) {
+    Arena arena{shared};
+    ForwardScan<CellT, A, S>(c, arena).run(team);
+}
+
+}  // namespace SEQKERN_ISA
+}  // namespace seqkern

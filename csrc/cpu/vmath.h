@@ -1,0 +1,99 @@
+// exp, sigmoid and tanh on vectors, for float and double. NaN stays NaN; the whole range is finite and
+// monotone at its ends.
+#pragma once
+
+#include "simd.h"
+
+namespace seqkern {
+namespace SEQKERN_ISA {
+
+// Interpolants of (e^r - 1 - r) / r^2 at the Chebyshev nodes of |r| <= ln(2)/2, lowest power first.
+// Relative error against e^r: float 1.1e-8, double 2.3e-19.
+template <class A>
+struct ExpTable;
+
+template <>
+struct ExpTable<float> {
+    static constexpr int terms = 5;
+    static constexpr float c[terms] = {0.5f, 0.16666576666119928f, 0.04166655421298415f,
+                                       0.008363232883682618f, 0.0013926250831497612f};
+    static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+    static constexpr float round_magic = 12582912.0f;
+    static constexpr float limit = 88.0f, tanh_limit = 20.0f;
+    static constexpr int mantissa_bits = 23;
+};
+
+template <>
+struct ExpTable<double> {
+    static constexpr int terms = 11;
+    static constexpr double c[terms] = {0.5,
+                                        0.1666666666666667103,
+                                        0.041666666666666669783,
+                                        0.0083333333333260831202,
+                                        0.0013888888888883711167,
+                                        0.00019841269875002278793,
+                                        0.0000248015873256774619,
+                                        2.7557255170000887438e-6,
+                                        2.7557273478718580474e-7,
+                                        2.5105312729622101787e-8,
+                                        2.09147553258932022e-9};
+    static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
+    static constexpr double round_magic = 6755399441055744.0;
+    static constexpr double limit = 708.0, tanh_limit = 40.0;
+    static constexpr int mantissa_bits = 52;
+};
+
+// x = n ln 2 + r: scale = 2^n, poly = e^r - 1, for |x| <= limit.
+template <class A>
+SK_INLINE void exp_parts(Vec<A> x, Vec<A>& scale, Vec<A>& poly) {
+    using T = ExpTable<A>;
+    using I = typename Simd<A>::I;
+    Vec<A> shifted = x * static_cast<A>(1.44269504088896340736) + T::round_magic;
+    Vec<A> n = shifted - T::round_magic;
+    Vec<A> r = x - n * T::ln2_high;
+    r = r - n * T::ln2_low;
+    Vec<A> q = Vec<A>{} + T::c[T::terms - 1];
+    SK_UNROLL
+    for (int i = T::terms - 2; i >= 0; --i) q = q * r + T::c[i];
+    poly = (r * r) * q + r;
+    I bits = (I)shifted;
+    Vec<A> one = Vec<A>{} + static_cast<A>(1);
+    scale = (Vec<A>)((bits << T::mantissa_bits) + (I)one);
+}
+
+template <class A>
+SK_INLINE Vec<A> clamp(Vec<A> x, A low, A high) {
+    x = x < low ? Vec<A>{} + low : x;
+    return x > high ? Vec<A>{} + high : x;
+}
+
+template <class A>
+SK_INLINE Vec<A> exp(Vec<A> x) {
+    using T = ExpTable<A>;
+    Vec<A> scale, poly;
+    exp_parts<A>(clamp<A>(x, -T::limit + 1, T::limit), scale, poly);
+    Vec<A> e = scale * poly + scale;
+    e = x < -T::limit + 1 ? Vec<A>{} : e;
+    return x > T::limit ? Vec<A>{} + static_cast<A>(__builtin_inf()) : e;
+}
+
+template <class A>
+SK_INLINE Vec<A> sigmoid(Vec<A> x) {
+    return static_cast<A>(1) / (static_cast<A>(1) + exp<A>(-x));
+}
+
+// -expm1(-2|x|) / (2 + expm1(-2|x|)) keeps full relative accuracy near zero without a second branch.
+template <class A>
+SK_INLINE Vec<A> tanh(Vec<A> x) {
+    using T = ExpTable<A>;
+    Vec<A> y = x < 0 ? x + x : -(x + x);
+    y = y < -T::tanh_limit ? Vec<A>{} - T::tanh_limit : y;
+    Vec<A> scale, poly;
+    exp_parts<A>(y, scale, poly);
+    Vec<A> em1 = scale * poly + (scale - static_cast<A>(1));
+    Vec<A> t = em1 / (em1 + static_cast<A>(2));
+    return x < 0 ? t : -t;
+}
+
+}  // namespace SEQKERN_ISA
+}  // namespace seqkern

@@ -1,0 +1,78 @@
+// seqkern._native: what is not an op. Importing it registers the ops' CPU implementations.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <new>
+#include <optional>
+#include <string>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class A>
+using Array = py::array_t<A, py::array::c_style>;
+
+#define SK_TEXT_(x) #x
+#define SK_TEXT(x) SK_TEXT_(x)
+
+py::dict build_info() {
+    py::dict info;
+    info["compiler"] = "" __VERSION__;
+    info["flags"] = SEQKERN_BUILD_FLAGS;
+    info["torch_target"] = SK_TEXT(TORCH_TARGET_VERSION);
+    info["cuda"] = "";
+    return info;
+}
+
+int function_named(const std::string& name) {
+    const char* names[] = {"exp", "sigmoid", "tanh"};
+    for (int i = 0; i < 3; ++i)
+        if (name == names[i]) return i;
+    throw py::value_error("function is '" + name + "', expected exp, sigmoid or tanh");
+}
+
+template <class A>
+Array<A> vmath(const std::string& name, const Array<A>& x) {
+    if (x.ndim() != 1) throw py::value_error("x has " + std::to_string(x.ndim()) + " dimensions, expected 1");
+    const int function = function_named(name);
+    Array<A> y(x.shape(0));
+    seqkern::kernels().vmath(function, sizeof(A) == 8, x.data(), y.mutable_data(), x.shape(0));
+    return y;
+}
+
+template <class A>
+Array<A> gemm(const Array<A>& a, const Array<A>& b) {
+    if (a.ndim() != 2 || b.ndim() != 2 || a.shape(1) != b.shape(0))
+        throw py::value_error("a and b must be matrices with as many columns in a as rows in b");
+    Array<A> c({a.shape(0), b.shape(1)});
+    if (!seqkern::kernels().gemm(sizeof(A) == 8, a.shape(0), b.shape(1), a.shape(1), a.data(), b.data(),
+                                 c.mutable_data()))
+        throw std::bad_alloc();
+    return c;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "The compiled kernels of seqkern: the ISA in use, and probes for tests and benchmarks.";
+    m.def("isa", [] { return seqkern::kernels().name; }, "The ISA in use.");
+    m.def("isas", &seqkern::isas, "What this machine can run, the best last.");
+    m.def("force_isa", &seqkern::force_isa, py::arg("name").none(true),
+          "Uses this ISA from now on; None: the best. ValueError if it is not among isas().");
+    m.def("num_threads", &seqkern::max_threads, "How many threads a large call from this thread uses.");
+    m.def("build_info", &build_info, "Compiler, flags and the version of torch's ABI.");
+    m.def("vmath", &vmath<float>, py::arg("name"), py::arg("x").noconvert(),
+          "exp, sigmoid or tanh of a vector.");
+    m.def("vmath", &vmath<double>, py::arg("name"), py::arg("x").noconvert());
+    m.def("gemm", &gemm<float>, py::arg("a").noconvert(), py::arg("b").noconvert(), "a @ b, on this thread.");
+    m.def("gemm", &gemm<double>, py::arg("a").noconvert(), py::arg("b").noconvert());
+    m.def("fma_peak", &seqkern::fma_peak, py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
+          "GFLOP/s of float32 multiply-adds on all threads.");
+    m.def("read_bandwidth", &seqkern::read_bandwidth, py::arg("bytes"), py::arg("seconds"),
+          py::call_guard<py::gil_scoped_release>(),
+          "GB/s that all threads read, each its own share of the bytes.");
+}
