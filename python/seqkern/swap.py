@@ -1,0 +1,185 @@
+"""Moves the recurrent modules of a torch model onto seqkern's kernels, in place, and back.
+
+A swap changes a module's class and nothing else: parameters, buffers, hooks, the training flag, optimizers
+that hold the parameters and the ``state_dict`` stay the very objects they were.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+# In the module's __dict__: it travels with a deep copy or a pickle, not with the state_dict.
+MARK = "_seqkern_swapped"
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Swap(NamedTuple):
+    """One recurrent module of a model, as `swaps` lists it."""
+
+    name: str  #: qualified name in the model, "" for the model itself
+    before: str  #: the class it had or has, such as ``torch.nn.LSTM``
+    after: str | None  #: the seqkern class that it has now; None where it was left alone
+    reason: str  #: why it was left alone; empty where it was swapped
+
+
+def _pairs() -> dict[type[nn.Module], type[nn.Module]]:
+    from seqkern import nn as ours
+
+    return {getattr(nn, name): getattr(ours, name) for name in NAMES}
+
+
+def _title(module: nn.Module | type[nn.Module]) -> str:
+    cls = module if isinstance(module, type) else type(module)
+    room = cls.__module__
+    for package in ("torch.nn", "seqkern.nn"):
+        if room.startswith(f"{package}.") and cls.__name__ in NAMES:
+            return f"{package}.{cls.__name__}"
+    return f"{room}.{cls.__qualname__}"
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return True
+    if isinstance(module, torch.jit.ScriptModule):
+        return getattr(module, "original_name", "") in NAMES
+    return type(module).__name__ in NAMES and type(module).__module__.startswith("torch.ao.")
+
+
+def _objection(module: nn.Module, pairs: dict[type[nn.Module], type[nn.Module]]) -> str:
+    """Why a recurrent module cannot be swapped; empty if it can."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "scripted or traced: its code is frozen; accelerate the module it was made from"
+    if type(module).__module__.startswith("torch.ao."):
+        return "quantized: it runs torch's int8 kernels"
+    if parametrize.is_parametrized(module):
+        return (
+            "parametrized (torch.nn.utils.parametrize): its class computes the weights; "
+            "remove_parametrizations first"
+        )
+    if type(module) in pairs.values():
+        return "already a seqkern module"
+    if type(module) not in pairs:
+        own = "with its own forward" if _overrides_forward(type(module)) else "whose class would be lost"
+        return f"a subclass of torch's {own}; write it on seqkern.nn instead"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    return ""
+
+
+def _overrides_forward(cls: type[nn.Module]) -> bool:
+    return not cls.forward.__module__.startswith("torch.nn.")
+
+
+def _recurrent(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if _is_recurrent(module))
+
+
+def _check(model: object, verb: str) -> None:
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise TypeError(
+            f"{verb} takes a torch.nn.Module, got the class {model.__name__}: pass an instance of it"
+        )
+    raise TypeError(
+        f"{verb} takes a torch.nn.Module, got {type(model).__name__}: pass the module that holds the "
+        "recurrent layers, or call seqkern.functional where there is none"
+    )
+
+
+def _assign(changes: list[tuple[nn.Module, type[nn.Module], bool]]) -> None:
+    """Gives each module its new class and sets or removes the mark; all of them, or after an error none."""
+    done: list[tuple[nn.Module, type[nn.Module], bool]] = []
+    try:
+        for module, cls, mark in changes:
+            done.append((module, type(module), MARK in vars(module)))
+            _become(module, cls, mark)
+    except BaseException:
+        for module, cls, mark in reversed(done):
+            _become(module, cls, mark)
+        raise
+
+
+def _become(module: nn.Module, cls: type[nn.Module], mark: bool) -> None:
+    object.__setattr__(module, "__class__", cls)
+    if mark:
+        vars(module)[MARK] = True
+    else:
+        vars(module).pop(MARK, None)
+
+
+def accelerate(model: M) -> M:
+    """Swaps each ``torch.nn.{RNN,LSTM,GRU,RNNCell,LSTMCell,GRUCell}`` of the model for seqkern's, in place.
+
+    Modules that cannot be swapped without changing what they compute (parametrized, scripted or traced,
+    quantized, subclassed, with a patched forward) stay as they are; `swaps` says which and why. A module used
+    in several places is swapped once; a second call changes nothing; after an error nothing has changed.
+
+    Args:
+        model: any module, a bare ``torch.nn.LSTM`` included.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+
+    >>> import torch, seqkern
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GRU(8, 8))
+    >>> seqkern.accelerate(model) is model
+    True
+    >>> type(model[1]) is seqkern.nn.GRU
+    True
+    """
+    _check(model, "accelerate")
+    pairs = _pairs()
+    found = [module for _, module in _recurrent(model) if not _objection(module, pairs)]
+    _assign([(module, pairs[type(module)], True) for module in found])
+    return model
+
+
+def restore(model: M) -> M:
+    """Undoes `accelerate`, in place: what it swapped is torch's again, in a deep copy or an unpickled model
+    too.
+
+    Modules that were written with ``seqkern.nn`` stay. Returns the same object; raises TypeError where
+    ``model`` is not a module.
+
+    >>> import torch, seqkern
+    >>> model = seqkern.accelerate(torch.nn.LSTM(4, 8))
+    >>> type(seqkern.restore(model)) is torch.nn.LSTM
+    True
+    """
+    _check(model, "restore")
+    back = {ours: theirs for theirs, ours in _pairs().items()}
+    found = [module for _, module in _recurrent(model) if MARK in vars(module) and type(module) in back]
+    _assign([(module, back[type(module)], False) for module in found])
+    return model
+
+
+def swaps(model: nn.Module) -> list[Swap]:
+    """Lists the model's recurrent modules: what was swapped for what, and what was left alone and why.
+
+    >>> import torch, seqkern
+    >>> model = torch.nn.Sequential(torch.nn.RNN(4, 8), seqkern.nn.GRU(8, 8))
+    >>> for row in seqkern.swaps(seqkern.accelerate(model)):
+    ...     print(row.name, row.before, row.after, row.reason or "swapped")
+    0 torch.nn.RNN seqkern.nn.RNN swapped
+    1 seqkern.nn.GRU None already a seqkern module
+    """
+    _check(model, "swaps")
+    pairs = _pairs()
+    back = {ours: theirs for theirs, ours in pairs.items()}
+    rows = []
+    for name, module in _recurrent(model):
+        if MARK in vars(module) and type(module) in back:
+            rows.append(Swap(name, _title(back[type(module)]), _title(module), ""))
+        else:
+            reason = _objection(module, pairs) or "not accelerated yet: call seqkern.accelerate(model)"
+            rows.append(Swap(name, _title(module), None, reason))
+    return rows
