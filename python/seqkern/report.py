@@ -1,0 +1,74 @@
+"""Tables for the terminal, shared by the command line's parts."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from seqkern.explanation import Explanation
+    from seqkern.verification import Verification
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[int] = ()
+) -> Table:
+    """A table of plain texts; the columns numbered in ``right`` (from 0) hold figures and are aligned so."""
+    found = Table(title=title or None, title_justify="left")
+    for i, column in enumerate(columns):
+        found.add_column(column, justify="right" if i in set(right) else "left", overflow="fold")
+    for row in rows:
+        found.add_row(*(each if isinstance(each, Text) else escape(str(each)) for each in row))
+    return found
+
+
+def key_values(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
+    """Two columns without a heading."""
+    found = table(title, ["", ""], rows)
+    found.show_header = False
+    return found
+
+
+def error(value: float) -> str:
+    """A relative error for a table's cell."""
+    return f"{value:.1e}"
+
+
+def verdict(ok: bool) -> Text:
+    return Text("ok", style="green") if ok else Text("too large", style="bold red")
+
+
+def explanation(what: "Explanation") -> Table:
+    rows = [
+        (
+            row.name or "(itself)",
+            row.kind,
+            row.backend,
+            row.calls,
+            "\n".join(f"{backend}: {reason}" for backend, reason in row.declined),
+        )
+        for row in what.rows
+    ]
+    return table(
+        "Which backend runs", ["module", "kind", "backend", "calls", "declined before it"], rows, right=[3]
+    )
+
+
+def verification(what: "Verification") -> Group:
+    rows = [
+        (
+            row.name,
+            str(row.dtype)[6:],
+            error(row.torch),
+            error(row.seqkern),
+            error(row.allowed),
+            verdict(row.ok),
+        )
+        for row in what.rows
+    ]
+    columns = ["tensor", "dtype", "torch", "seqkern", "allowed", ""]
+    body = table("Relative RMS error against float64", columns, rows, right=[2, 3, 4])
+    return Group(body, *(Text(note) for note in what.notes()), explanation(what.backends))
