@@ -38,7 +38,7 @@ struct BackwardScan {
     };
 
     BackwardScan(const BackwardCall& call, Arena& arena) : c(call), s(call) {
-        ld_gates = KEPT * c.H + (n - KEPT * c.H % n) % n + n;
+        ld_gates = KEPT * c.H + (n - KEPT * c.H % n) % n + 3 * n;  // pack_block reads past the last column
         chunk = min_of(max_of(BACKWARD_CHUNK_ROWS, c.B), c.N);
         K = G * c.H;
         projected = c.weights[0].w_hr != nullptr;
@@ -122,7 +122,7 @@ struct BackwardScan {
     };
     Buffers lay_out(Arena& arena, const Team& team) const {
         constexpr int MR = max_rows<2>();
-        return {arena.take<A>(chunk * MR), arena.take<A>(MR * PW),
+        return {arena.take<A>(chunk * MR + 2 * n), arena.take<A>(MR * PW),
                 c.d_input ? arena.take<A>(ceil_div(chunk, team.threads) * s.blocks_i * PW) : nullptr,
                 projected ? arena.take<A>(c.B * s.blocks_h * PW) : nullptr};
     }
@@ -284,7 +284,7 @@ struct BackwardScan {
             const bool x_side = !CellT::APART || kept < G, r_side = !CellT::APART || kept > 0;
             const long x_row = x_weight_row(kept * c.H) + units.begin, r_row = x_row;
             const A* from = d[i].gates + kept * c.H + units.begin;
-            A sums[max_rows<2>()];
+            A sums[max_rows<2>() + n];
             pack_block(buf.block, from, ld_gates, width, rows, sums);
             if (x_side) {
                 block_gradient(buf, width, rows, d[i].x, c.I, d[i].d_w_ih + x_row * c.I, add);
@@ -298,26 +298,31 @@ struct BackwardScan {
         const long out_blocks = projected ? ceil_div(c.P, max_rows<2>()) : 0;
         for (long item = team.thread; item < out_blocks; item += team.threads) {
             Range units = share(c.P, item, out_blocks);
-            A sums[max_rows<2>()];
+            A sums[max_rows<2>() + n];
             pack_block(buf.block, d[i].dh + units.begin, s.ld_p, units.end - units.begin, rows, sums);
             block_gradient(buf, units.end - units.begin, rows, d[i].full, c.H,
                            d[i].d_w_hr + units.begin * c.H, add);
         }
     }
 
-    // to[row][width] = from[row][0..width), and the sums over the rows.
+    // to[row][width] = from[row][0..width), and the sums over the rows. Whole vectors: what is read and written past a
+    // row's width belongs to the padding or is written next.
     static void pack_block(A* to, const A* from, long ld, long width, long rows, A* sums) {
-        for (long m = 0; m < width; ++m) sums[m] = 0;
+        constexpr int VECTORS = (max_rows<2>() + n - 1) / n;
+        Vec<A> total[VECTORS] = {};
         for (long first = 0; first < rows; first += SUM_ROWS) {
-            A part[max_rows<2>()] = {};
-            for (long k = first; k < min_of(rows, first + SUM_ROWS); ++k)
-                for (long m = 0; m < width; ++m) {
-                    A v = from[k * ld + m];
-                    to[k * width + m] = v;
-                    part[m] += v;
+            Vec<A> part[VECTORS] = {};
+            for (long k = first; k < min_of(rows, first + SUM_ROWS); ++k) {
+                SK_UNROLL
+                for (int v = 0; v < VECTORS; ++v) {
+                    Vec<A> x = load<A>(from + k * ld + v * n);
+                    store<A>(to + k * width + v * n, x);
+                    part[v] += x;
                 }
-            for (long m = 0; m < width; ++m) sums[m] += part[m];
+            }
+            for (int v = 0; v < VECTORS; ++v) total[v] += part[v];
         }
+        for (int v = 0; v < VECTORS; ++v) store<A>(sums + v * n, total[v]);
     }
 
     // to[width][columns] (+)= block^T b, b in panels.

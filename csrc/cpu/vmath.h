@@ -19,7 +19,7 @@ struct ExpTable<float> {
                                        0.008363232883682618f, 0.0013926250831497612f};
     static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
     static constexpr float round_magic = 12582912.0f;
-    static constexpr float limit = 88.0f, tanh_limit = 20.0f;
+    static constexpr float limit = 88.0f, overflow = 88.9f, tanh_limit = 20.0f;
     static constexpr int mantissa_bits = 23;
 };
 
@@ -39,7 +39,7 @@ struct ExpTable<double> {
                                         2.09147553258932022e-9};
     static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
     static constexpr double round_magic = 6755399441055744.0;
-    static constexpr double limit = 708.0, tanh_limit = 40.0;
+    static constexpr double limit = 708.0, overflow = 709.9, tanh_limit = 40.0;
     static constexpr int mantissa_bits = 52;
 };
 
@@ -61,38 +61,47 @@ SK_INLINE void exp_parts(Vec<A> x, Vec<A>& scale, Vec<A>& poly) {
     scale = (Vec<A>)((bits << T::mantissa_bits) + (I)one);
 }
 
+// Written so that one instruction does it and a NaN passes.
 template <class A>
-SK_INLINE Vec<A> clamp(Vec<A> x, A low, A high) {
-    x = x < low ? Vec<A>{} + low : x;
-    return x > high ? Vec<A>{} + high : x;
+SK_INLINE Vec<A> at_least(Vec<A> x, A low) {
+    return Vec<A>{} + low > x ? Vec<A>{} + low : x;
+}
+template <class A>
+SK_INLINE Vec<A> at_most(Vec<A> x, A high) {
+    return Vec<A>{} + high < x ? Vec<A>{} + high : x;
 }
 
 template <class A>
 SK_INLINE Vec<A> exp(Vec<A> x) {
     using T = ExpTable<A>;
     Vec<A> scale, poly;
-    exp_parts<A>(clamp<A>(x, -T::limit + 1, T::limit), scale, poly);
+    exp_parts<A>(at_most<A>(at_least<A>(x, -T::limit + 1), T::limit), scale, poly);
     Vec<A> e = scale * poly + scale;
     e = x < -T::limit + 1 ? Vec<A>{} : e;
     return x > T::limit ? Vec<A>{} + static_cast<A>(__builtin_inf()) : e;
 }
 
+// The upper clamp lies where the scale is infinite, and so the result 0.
 template <class A>
 SK_INLINE Vec<A> sigmoid(Vec<A> x) {
-    return static_cast<A>(1) / (static_cast<A>(1) + exp<A>(-x));
+    using T = ExpTable<A>;
+    const A one = 1;
+    Vec<A> scale, poly;
+    exp_parts<A>(at_most<A>(at_least<A>(-x, -T::limit + 1), T::overflow), scale, poly);
+    return one / (scale * (poly + one) + one);
 }
 
-// -expm1(-2|x|) / (2 + expm1(-2|x|)) keeps full relative accuracy near zero without a second branch.
+// With e = expm1(-2|x|): |tanh| = -e / (e + 2), which keeps its relative accuracy near zero. The sign is x's.
 template <class A>
 SK_INLINE Vec<A> tanh(Vec<A> x) {
     using T = ExpTable<A>;
-    Vec<A> y = x < 0 ? x + x : -(x + x);
-    y = y < -T::tanh_limit ? Vec<A>{} - T::tanh_limit : y;
-    Vec<A> scale, poly;
-    exp_parts<A>(y, scale, poly);
-    Vec<A> em1 = scale * poly + (scale - static_cast<A>(1));
-    Vec<A> t = em1 / (em1 + static_cast<A>(2));
-    return x < 0 ? t : -t;
+    using I = typename Simd<A>::I;
+    const I sign = (I)(-Vec<A>{});
+    Vec<A> y = (Vec<A>)((I)x | sign), scale, poly;
+    exp_parts<A>(at_least<A>(y + y, -T::tanh_limit), scale, poly);
+    Vec<A> e = scale * poly + (scale - static_cast<A>(1));
+    Vec<A> t = e / (e + static_cast<A>(2));
+    return (Vec<A>)(((I)t & ~sign) | ((I)x & sign));
 }
 
 }  // namespace SEQKERN_ISA
