@@ -11,7 +11,6 @@ import seqkern
 from seqkern.ops import _backend, _library
 
 NATIVE = _library.native()
-native = pytest.mark.skipif(NATIVE is None, reason="needs the compiled kernels")
 
 
 def chosen(run):
@@ -30,7 +29,7 @@ def test_order_is_cpu_then_torch():
         assert [name for name, _ in choice.declined] == ["cpu"]
 
 
-@native
+@pytest.mark.built
 @pytest.mark.parametrize(
     ("run", "name", "says"),
     [
@@ -47,7 +46,7 @@ def test_declines_with_a_reason(run, name, says):
     assert says is None or all(says in reason for _, reason in choice.declined)
 
 
-@native
+@pytest.mark.built
 def test_declines_autocast():
     cell = seqkern.nn.GRUCell(3, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -240,7 +240,7 @@ def test_constructor_and_state_dict_are_torchs(config):
 )
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
 def test_constructor_errors_are_torchs(kind, args, kwargs):
-    with pytest.raises(Exception) as theirs:  # noqa: PT011
+    with pytest.raises(Exception) as theirs:
         getattr(torch.nn, kind)(*args, **kwargs)
     with pytest.raises(theirs.type):
         getattr(seqkern.nn, kind)(*args, **kwargs)

@@ -18,7 +18,6 @@ NATIVE = _library.native()
 ISAS = NATIVE.isas() if NATIVE else []
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 FORMS = [("dense", False), ("dense", True), ("packed", False), ("packed", True), ("step", False)]
-native = pytest.mark.skipif(NATIVE is None, reason=_library.why_missing() or "built")
 
 # T, B, I, H: single elements, odd sizes, a batch of one, sizes past a vector and past a cache-sized chunk.
 SHAPES = [(1, 1, 1, 1), (7, 3, 5, 6), (5, 1, 17, 33), (3, 19, 8, 16), (4, 33, 40, 65), (9, 2, 64, 130)]
@@ -46,7 +45,7 @@ def test_oracle_is_torch(cell, dtype, form, bidirectional):
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_op_meets_oracle(isa, cell, dtype, form, bidirectional, shape):
-    T, B, I, H = shape  # noqa: E741
+    T, B, I, H = shape
     for bias, proj in itertools.product((True, False), (0, H // 2) if cell == "lstm" and H > 1 else (0,)):
         options = {"T": T, "B": B, "I": I, "H": H, "proj": proj, "bias": bias, "bidirectional": bidirectional}
         seeds = range(16) if H == 1 else [T + H]
@@ -155,7 +154,6 @@ def arguments(case: Case, grads: bool):
     )
 
 
-@native
 @pytest.mark.parametrize(("form", "bidirectional"), FORMS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_forward_opcheck(cell, form, bidirectional):
@@ -164,7 +162,6 @@ def test_forward_opcheck(cell, form, bidirectional):
     torch.library.opcheck(torch.ops.seqkern.rnn_forward, (*arguments(case, False), cell, False))
 
 
-@native
 @pytest.mark.parametrize(("form", "bidirectional"), FORMS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_backward_opcheck(cell, form, bidirectional):
@@ -209,7 +206,6 @@ def test_op_gradcheck(isa, cell, form, bidirectional):
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
-@native
 @pytest.mark.parametrize(("form", "bidirectional"), FORMS)
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_op_gradgradcheck(cell, form, bidirectional):
@@ -228,7 +224,6 @@ def test_op_gradgradcheck(cell, form, bidirectional):
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
-@native
 def test_backward_without_save_says_so():
     case = make_case("gru")
     output, *_ = torch.ops.seqkern.rnn_forward(*arguments(case, True), "gru", False)

@@ -305,8 +305,8 @@ struct BackwardScan {
         }
     }
 
-    // to[row][width] = from[row][0..width), and the sums over the rows. Whole vectors: what is read and written past a
-    // row's width belongs to the padding or is written next.
+    // to[row][width] = from[row][0..width), and the sums over the rows. Whole vectors: what is read and
+    // written past a row's width belongs to the padding or is written next.
     static void pack_block(A* to, const A* from, long ld, long width, long rows, A* sums) {
         constexpr int VECTORS = (max_rows<2>() + n - 1) / n;
         Vec<A> total[VECTORS] = {};

@@ -23,6 +23,7 @@ struct Simd<float> {
     typedef float V __attribute__((vector_size(SEQKERN_VECTOR_BYTES)));
     typedef float Unaligned __attribute__((vector_size(SEQKERN_VECTOR_BYTES), aligned(4), may_alias));
     typedef int I __attribute__((vector_size(SEQKERN_VECTOR_BYTES)));
+    typedef unsigned int U __attribute__((vector_size(SEQKERN_VECTOR_BYTES)));
 };
 
 template <>
@@ -31,6 +32,7 @@ struct Simd<double> {
     typedef double V __attribute__((vector_size(SEQKERN_VECTOR_BYTES)));
     typedef double Unaligned __attribute__((vector_size(SEQKERN_VECTOR_BYTES), aligned(8), may_alias));
     typedef long I __attribute__((vector_size(SEQKERN_VECTOR_BYTES)));
+    typedef unsigned long U __attribute__((vector_size(SEQKERN_VECTOR_BYTES)));
 };
 
 template <class A>

@@ -47,7 +47,7 @@ struct ExpTable<double> {
 template <class A>
 SK_INLINE void exp_parts(Vec<A> x, Vec<A>& scale, Vec<A>& poly) {
     using T = ExpTable<A>;
-    using I = typename Simd<A>::I;
+    using U = typename Simd<A>::U;  // wraps where a lane holds a NaN
     Vec<A> shifted = x * static_cast<A>(1.44269504088896340736) + T::round_magic;
     Vec<A> n = shifted - T::round_magic;
     Vec<A> r = x - n * T::ln2_high;
@@ -56,9 +56,9 @@ SK_INLINE void exp_parts(Vec<A> x, Vec<A>& scale, Vec<A>& poly) {
     SK_UNROLL
     for (int i = T::terms - 2; i >= 0; --i) q = q * r + T::c[i];
     poly = (r * r) * q + r;
-    I bits = (I)shifted;
+    U bits = (U)shifted;
     Vec<A> one = Vec<A>{} + static_cast<A>(1);
-    scale = (Vec<A>)((bits << T::mantissa_bits) + (I)one);
+    scale = (Vec<A>)((bits << T::mantissa_bits) + (U)one);
 }
 
 // Written so that one instruction does it and a NaN passes.

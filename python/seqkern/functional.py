@@ -7,7 +7,6 @@ from torch import Tensor
 
 from seqkern import spec
 from seqkern.ops import _backend
-from seqkern.ops import rnn as _rnn_op  # declares the ops
 from seqkern.ops._checks import check_cell, check_layers, check_state_pair, check_uniform
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]

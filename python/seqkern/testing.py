@@ -94,7 +94,7 @@ def make_case(
     *,
     T: int = 5,
     B: int = 3,
-    I: int = 4,  # noqa: E741
+    I: int = 4,
     H: int = 6,
     proj: int = 0,
     bidirectional: bool = False,

@@ -3,4 +3,4 @@
 from seqkern.nn.cells import GRUCell, LSTMCell, RNNCell
 from seqkern.nn.rnn import GRU, LSTM, RNN
 
-__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell"]
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]

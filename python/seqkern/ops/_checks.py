@@ -3,6 +3,7 @@
 The happy path compares shapes and leaves; only a mismatch pays for finding the words.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -51,7 +52,8 @@ def check_cell(
 def _refuse_cell(name, gates, input, hx, cx, w_ih, w_hh, b_ih, b_hh) -> NoReturn:
     if input.dim() not in (1, 2):
         raise ValueError(
-            f"{name}: input is {input.dim()}-D {list(input.shape)}, expected 2-D [batch, input_size] or 1-D [input_size]"
+            f"{name}: input is {input.dim()}-D {list(input.shape)}, expected "
+            "2-D [batch, input_size] or 1-D [input_size]"
         )
     for label, state in (("hx", hx), ("cx", cx)):
         if state is not None and state.dim() not in (1, 2):
@@ -172,14 +174,15 @@ def _check_batch_sizes(name: str, batch_sizes: Tensor, rows: int) -> tuple[int, 
         raise error(f"{name}: batch_sizes is {batch_sizes.dtype}, expected torch.int64; {remedy}")
     if batch_sizes.dim() != 1 or not batch_sizes.is_cpu:
         raise RuntimeError(
-            f"{name}: batch_sizes is {list(batch_sizes.shape)} on {batch_sizes.device}, expected 1-D on the CPU; {remedy}"
+            f"{name}: batch_sizes is {list(batch_sizes.shape)} on {batch_sizes.device}, expected 1-D on the CPU; "
+            + remedy
         )
     if batch_sizes.shape[0] == 0:
         raise IndexError(f"{name}: batch_sizes is empty, expected a sequence length larger than 0")
     if torch.compiler.is_compiling():
         return batch_sizes.shape[0], None
     sizes = batch_sizes.tolist()
-    if sum(sizes) != rows or sizes[-1] < 1 or any(a < b for a, b in zip(sizes, sizes[1:], strict=False)):
+    if sum(sizes) != rows or sizes[-1] < 1 or any(a < b for a, b in itertools.pairwise(sizes)):
         raise RuntimeError(
             f"{name}: batch_sizes {sizes} does not fit {rows} rows of packed data, "
             f"expected positive sizes that never grow and sum to {rows}; {remedy}"
@@ -193,12 +196,13 @@ def check_uniform(op: str, packed: bool, tensors: Sequence[Tensor | None]) -> No
     assert input is not None
     first = weights[0]
     assert first is not None
+    name = _NAMES[op.removesuffix("_cell")] + ("Cell" if op.endswith("_cell") else "")
     casts = torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
     if input.dtype != first.dtype and not casts:
         # torch's packed LSTM and its cells leave this to the matmul, which raises RuntimeError
         error = RuntimeError if op.endswith("_cell") or (packed and op == "lstm") else ValueError
         raise error(
-            f"{op}: input is {input.dtype} and the weights are {first.dtype}, expected one dtype; convert the input "
+            f"{name}: input is {input.dtype} and the weights are {first.dtype}, expected one dtype; convert the input "
             f"with input.to({first.dtype}) or the model with model.to({input.dtype})"
         )
     for label, t in (("hx", hx), ("cx", cx), *(("a weight", w) for w in weights)):
@@ -206,12 +210,12 @@ def check_uniform(op: str, packed: bool, tensors: Sequence[Tensor | None]) -> No
             continue
         if t.device != input.device:
             raise RuntimeError(
-                f"{op}: input is on {input.device} and {label} on {t.device}, expected one device; "
+                f"{name}: input is on {input.device} and {label} on {t.device}, expected one device; "
                 "move them with .to(device)"
             )
         if t.dtype != input.dtype and not casts:
             raise RuntimeError(
-                f"{op}: input is {input.dtype} and {label} {t.dtype}, expected one dtype; use .to(dtype)"
+                f"{name}: input is {input.dtype} and {label} {t.dtype}, expected one dtype; use .to(dtype)"
             )
 
 

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from seqkern import spec
 
-TENSORS = (
-    "input batch_sizes hx cx w_ih w_hh b_ih b_hh w_hr "
-    "w_ih_reverse w_hh_reverse b_ih_reverse b_hh_reverse w_hr_reverse"
-).split()
+TENSORS = [
+    *("input", "batch_sizes", "hx", "cx"),
+    *("w_ih", "w_hh", "b_ih", "b_hh", "w_hr"),
+    *("w_ih_reverse", "w_hh_reverse", "b_ih_reverse", "b_hh_reverse", "w_hr_reverse"),
+]
 OPTIONAL = {"batch_sizes", "cx", "b_ih", "b_hh", "w_hr", *TENSORS[9:]}
 GRADIENTS = [name for name in TENSORS if name != "batch_sizes"]  # what rnn_backward returns, in this order
 RESERVE = {"lstm": 5, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}  # numbers saved per row and hidden unit
