@@ -7,6 +7,7 @@ from torch import Tensor
 
 from seqkern import spec
 from seqkern.ops import _backend
+from seqkern.ops import rnn as _declares_the_ops  # noqa: F401
 from seqkern.ops._checks import check_cell, check_layers, check_state_pair, check_uniform
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]

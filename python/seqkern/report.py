@@ -1,16 +1,12 @@
 """Tables for the terminal, shared by the command line's parts."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-
-if TYPE_CHECKING:
-    from seqkern.explanation import Explanation
-    from seqkern.verification import Verification
 
 
 def table(
@@ -41,7 +37,7 @@ def verdict(ok: bool) -> Text:
     return Text("ok", style="green") if ok else Text("too large", style="bold red")
 
 
-def explanation(what: "Explanation") -> Table:
+def explanation(what: Any) -> Table:
     rows = [
         (
             row.name or "(itself)",
@@ -57,7 +53,7 @@ def explanation(what: "Explanation") -> Table:
     )
 
 
-def verification(what: "Verification") -> Group:
+def verification(what: Any) -> Group:
     rows = [
         (
             row.name,

@@ -102,10 +102,13 @@ def watch() -> Iterator[list[tuple[Call, Choice]]]:
         _watching.reset(token)
 
 
-@torch.compiler.assume_constant_result
 def _now_forced() -> str | None:
     """The force in effect; a compiled graph keeps the one it was traced under."""
     return _forced.get()
+
+
+# What torch.compiler.assume_constant_result does, which imports the whole of Dynamo to do it: a second.
+_now_forced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def in_transform() -> bool:

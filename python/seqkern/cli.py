@@ -1,0 +1,84 @@
+"""The command ``seqkern``: what is installed, whether it is right, and the demo."""
+
+import platform
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+import seqkern
+from seqkern import report
+from seqkern.ops import _backend, _library
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Fused kernels for PyTorch sequence models.",
+)
+
+
+@app.command()
+def info() -> None:
+    """What is installed, what is missing and how to get it."""
+    native = _library.native()
+    rows = [
+        ("seqkern", seqkern.__version__),
+        ("torch", torch.__version__),
+        ("python", platform.python_version()),
+        ("backends", ", ".join(_backend.BACKENDS)),
+    ]
+    if native is None:
+        rows.append(("compiled kernels", f"missing: {_library.why_missing()}"))
+    else:
+        built = native.build_info()
+        rows += [
+            ("compiled kernels", f"for the CPU, by {built['compiler']}"),
+            ("instruction set", f"{native.isa()} of {', '.join(native.isas())}"),
+            ("threads", native.num_threads()),
+        ]
+    Console().print(report.key_values("", rows))
+
+
+@app.command()
+def verify() -> None:
+    """Holds every recurrent layer against torch and float64; exit code 1 where one is less accurate."""
+    cases = [(name, {}) for name in ("RNN", "LSTM", "GRU")]
+    cases += [(name, {"num_layers": 2, "bidirectional": True}) for name in ("RNN", "LSTM", "GRU")]
+    cases.append(("LSTM", {"proj_size": 24}))
+    rows, failed = [], 0
+    for name, options in cases:
+        torch.manual_seed(0)
+        model = getattr(torch.nn, name)(40, 64, **options)
+        try:
+            result, verdict = seqkern.verify(model, torch.randn(30, 8, 40)), True
+        except seqkern.VerificationError as e:
+            result, verdict = e.result, False
+            failed += 1
+        worst = max(result.rows, key=lambda row: row.seqkern / row.allowed)
+        said = ", ".join(f"{key}={value}" for key, value in options.items())
+        figures = (report.error(worst.torch), report.error(worst.seqkern), report.error(worst.allowed))
+        rows.append((f"{name}({said})", worst.name, *figures, report.verdict(verdict)))
+    columns = ["layer", "worst tensor", "torch", "seqkern", "allowed", ""]
+    Console().print(report.table("Relative RMS error against float64", columns, rows, right=[2, 3, 4]))
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    cell: Annotated[str, typer.Option(help="lstm, gru, rnn or all")] = "all",
+    steps: Annotated[int, typer.Option(help="steps of training for each cell and run")] = 200,
+    output: Annotated[Path, typer.Option(help="folder of the picture")] = Path("demo"),
+    text: Annotated[Path | None, typer.Option(help="a text file to learn instead")] = None,
+) -> None:
+    """Trains a character language model on torch and on seqkern, side by side."""
+    from seqkern.demo import main
+
+    try:
+        raise typer.Exit(main(cell, steps=steps, output=output, text=text))
+    except ValueError as e:
+        typer.echo(f"seqkern demo: {e}", err=True)
+        raise typer.Exit(2) from e
