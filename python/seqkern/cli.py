@@ -75,7 +75,7 @@ def verify() -> None:
 @app.command()
 def demo(
     cell: Annotated[str, typer.Option(help="lstm, gru, rnn or all")] = "all",
-    steps: Annotated[int, typer.Option(help="steps of training for each cell and run")] = 200,
+    steps: Annotated[int, typer.Option(help="steps of training for each cell and run")] = 600,
     output: Annotated[Path, typer.Option(help="folder of the picture")] = Path("demo"),
     text: Annotated[Path | None, typer.Option(help="a text file to learn instead")] = None,
 ) -> None:
