@@ -94,7 +94,7 @@ void gemm(long M, const A* a, long lda, const A* b, long b_stride, long panels, 
     constexpr int W = NV * Simd<A>::n;
     if (M <= 0) return;
     long tiles = ceil_div(M, max_rows<NV>()), base = M / tiles, longer = M % tiles;
-    for (long k0 = 0; k0 < K; k0 += K_BLOCK) {
+    for (long k0 = 0; k0 == 0 || k0 < K; k0 += K_BLOCK) {
         long depth = min_of(K_BLOCK, K - k0);
         for (long p = 0; p < panels;) {
             long group = min_of(max_panels<NV>(longer ? base + 1 : base), panels - p);

@@ -19,7 +19,7 @@ struct ExpTable<float> {
                                        0.008363232883682618f, 0.0013926250831497612f};
     static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
     static constexpr float round_magic = 12582912.0f;
-    static constexpr float limit = 88.0f, overflow = 88.9f, tanh_limit = 20.0f;
+    static constexpr float lowest = -87.3365f, highest = 88.7228317f, overflow = 88.9f, tanh_limit = 20.0f;
     static constexpr int mantissa_bits = 23;
 };
 
@@ -39,13 +39,14 @@ struct ExpTable<double> {
                                         2.09147553258932022e-9};
     static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
     static constexpr double round_magic = 6755399441055744.0;
-    static constexpr double limit = 708.0, overflow = 709.9, tanh_limit = 40.0;
+    static constexpr double lowest = -708.3964, highest = 709.782712893384, overflow = 709.9,
+                            tanh_limit = 40.0;
     static constexpr int mantissa_bits = 52;
 };
 
-// x = n ln 2 + r: scale = 2^n, poly = e^r - 1, for |x| <= limit.
+// x = n ln 2 + r: scale = 2^n unit, poly = e^r - 1, for x >= lowest; unit is a power of two.
 template <class A>
-SK_INLINE void exp_parts(Vec<A> x, Vec<A>& scale, Vec<A>& poly) {
+SK_INLINE void exp_parts(Vec<A> x, Vec<A>& scale, Vec<A>& poly, Vec<A> unit = Vec<A>{} + 1) {
     using T = ExpTable<A>;
     using U = typename Simd<A>::U;  // wraps where a lane holds a NaN
     Vec<A> shifted = x * static_cast<A>(1.44269504088896340736) + T::round_magic;
@@ -56,9 +57,7 @@ SK_INLINE void exp_parts(Vec<A> x, Vec<A>& scale, Vec<A>& poly) {
     SK_UNROLL
     for (int i = T::terms - 2; i >= 0; --i) q = q * r + T::c[i];
     poly = (r * r) * q + r;
-    U bits = (U)shifted;
-    Vec<A> one = Vec<A>{} + static_cast<A>(1);
-    scale = (Vec<A>)((bits << T::mantissa_bits) + (U)one);
+    scale = (Vec<A>)(((U)shifted << T::mantissa_bits) + (U)unit);
 }
 
 // Written so that one instruction does it and a NaN passes.
@@ -71,14 +70,17 @@ SK_INLINE Vec<A> at_most(Vec<A> x, A high) {
     return Vec<A>{} + high < x ? Vec<A>{} + high : x;
 }
 
+// A result below the smallest normal number is 0.
 template <class A>
 SK_INLINE Vec<A> exp(Vec<A> x) {
     using T = ExpTable<A>;
+    const Vec<A> one = Vec<A>{} + 1, zero{};
     Vec<A> scale, poly;
-    exp_parts<A>(at_most<A>(at_least<A>(x, -T::limit + 1), T::limit), scale, poly);
-    Vec<A> e = scale * poly + scale;
-    e = x < -T::limit + 1 ? Vec<A>{} : e;
-    return x > T::limit ? Vec<A>{} + static_cast<A>(__builtin_inf()) : e;
+    // 2^128 is no float, though e^88.7 is one: large powers are made a quarter as large first.
+    exp_parts<A>(at_most<A>(at_least<A>(x, T::lowest), T::highest), scale, poly, x > 0 ? one / 4 : one);
+    Vec<A> e = (scale * poly + scale) * (x > 0 ? one * 4 : one);
+    e = x < T::lowest ? zero : e;
+    return x > T::highest ? zero + static_cast<A>(__builtin_inf()) : e;
 }
 
 // The upper clamp lies where the scale is infinite, and so the result 0.
@@ -87,7 +89,7 @@ SK_INLINE Vec<A> sigmoid(Vec<A> x) {
     using T = ExpTable<A>;
     const A one = 1;
     Vec<A> scale, poly;
-    exp_parts<A>(at_most<A>(at_least<A>(-x, -T::limit + 1), T::overflow), scale, poly);
+    exp_parts<A>(at_most<A>(at_least<A>(-x, T::lowest), T::overflow), scale, poly);
     return one / (scale * (poly + one) + one);
 }
 

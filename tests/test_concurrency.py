@@ -1,0 +1,92 @@
+"""Several threads, forked children and a changed thread count: the bits stay those of a serial run."""
+
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import seqkern
+
+pytestmark = pytest.mark.built
+LIMIT = 60  # seconds, after which a call is taken to hang
+
+
+def work(seed):
+    """Output and gradients of one layer, large enough for several threads."""
+    torch.manual_seed(seed)
+    layer = seqkern.nn.LSTM(24, 40, bidirectional=bool(seed % 2))
+    x = torch.randn(12, 9, 24, requires_grad=True)
+    with seqkern.backend("cpu"):
+        output, _ = layer(x)
+        grads = torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])
+    return torch.cat([t.detach().flatten() for t in (output, *grads)])
+
+
+# torch.manual_seed is the process's, so threads share layers that were drawn before.
+def layers(n):
+    torch.manual_seed(0)
+    return [(seqkern.nn.GRU(24, 40), torch.randn(12, 9, 24)) for _ in range(n)]
+
+
+def step(pair):
+    layer, x = pair
+    with seqkern.backend("cpu"):
+        output, _ = layer(x)
+        grads = torch.autograd.grad(output.square().sum(), list(layer.parameters()))
+    return torch.cat([t.detach().flatten() for t in (output, *grads)])
+
+
+def test_threads_at_once_equal_serial():
+    pairs = layers(4) * 8
+    want = [step(pair) for pair in pairs]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(step, pairs, timeout=LIMIT))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_thread_count_changed_midway():
+    threads, want = torch.get_num_threads(), work(1)
+    try:
+        for n in (1, 3, 2, 5):
+            torch.set_num_threads(n)
+            assert torch.equal(work(1), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def child(pipe):
+    pipe.send(work(1).numpy())
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forked_child_after_threads():
+    want = work(1)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=child, args=(theirs,), daemon=True)
+    process.start()
+    try:
+        assert ours.poll(LIMIT), "the child hangs"
+        assert torch.equal(torch.from_numpy(ours.recv()), want)
+    finally:
+        process.kill()
+        process.join()
+
+
+class Worked(Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return work(i)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_dataloader_worker():
+    want = [work(0), work(1)]
+    loader = DataLoader(
+        Worked(), batch_size=None, num_workers=1, timeout=LIMIT, multiprocessing_context="fork"
+    )
+    assert all(torch.equal(a, b) for a, b in zip(loader, want, strict=True))

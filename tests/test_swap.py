@@ -1,0 +1,160 @@
+"""accelerate, restore, swaps: what is swapped, what is left alone and why, and that nothing else changes."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import seqkern
+from seqkern.testing import relative_rms, tolerance
+
+LAYERS = {
+    "rnn": lambda: nn.RNN(3, 4, nonlinearity="relu"),
+    "lstm": lambda: nn.LSTM(3, 4, num_layers=2, bidirectional=True),
+    "projected": lambda: nn.LSTM(3, 4, proj_size=2, bias=False),
+    "gru": lambda: nn.GRU(3, 4, batch_first=True),
+    "rnn cell": lambda: nn.RNNCell(3, 4),
+    "lstm cell": lambda: nn.LSTMCell(3, 4),
+    "gru cell": lambda: nn.GRUCell(3, 4, bias=False),
+}
+
+
+class OwnForward(nn.LSTM):
+    def forward(self, input, hx=None):
+        output, state = super().forward(input, hx)
+        return output + 1, state
+
+
+class OwnName(nn.GRU):
+    pass
+
+
+class Double(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrized():
+    layer = nn.GRU(3, 4)
+    parametrize.register_parametrization(layer, "weight_hh_l0", Double())
+    return layer
+
+
+def patched():
+    layer = nn.GRU(3, 4)
+    layer.forward = layer.forward
+    return layer
+
+
+LEFT_ALONE = {
+    "own forward": (lambda: OwnForward(3, 4), "with its own forward"),
+    "own name": (lambda: OwnName(3, 4), "whose class would be lost"),
+    "parametrized": (parametrized, "parametrized"),
+    "patched": (patched, "replaced on the instance"),
+    "ours": (lambda: seqkern.nn.GRU(3, 4), "already a seqkern module"),
+    "scripted": (lambda: torch.jit.script(nn.GRUCell(3, 4)), "scripted or traced"),
+    "traced": (lambda: torch.jit.trace(nn.GRUCell(3, 4), torch.zeros(2, 3)), "scripted or traced"),
+}
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, PackedSequence):
+        return [value.data]
+    return [t for each in value for t in tensors(each)]
+
+
+def input_of(layer):
+    return torch.randn(2, 3) if isinstance(layer, nn.RNNCellBase) else torch.randn(5, 2, 3)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("name", LAYERS)
+def test_swap_changes_the_class_and_nothing_else(name):
+    layer = LAYERS[name]().eval()
+    before, state = dict(layer.named_parameters()), layer.state_dict()
+    theirs, x = type(layer), input_of(layer)
+    wide = tensors(copy.deepcopy(layer).double()(x.double()))
+    want = tensors(layer(x))
+    assert seqkern.accelerate(layer) is layer
+    assert type(layer) is getattr(seqkern.nn, theirs.__name__)
+    assert not layer.training
+    assert all(p is before[key] for key, p in layer.named_parameters())
+    assert list(layer.state_dict()) == list(state)
+    for got, torchs, exact in zip(tensors(layer(x)), want, wide, strict=True):
+        assert relative_rms(got, exact) <= tolerance(got.dtype, relative_rms(torchs, exact), layers=2)
+    once = seqkern.swaps(layer)
+    assert seqkern.swaps(seqkern.accelerate(layer)) == once
+    assert once[0].after == f"seqkern.nn.{theirs.__name__}"
+    assert type(seqkern.restore(layer)) is theirs
+    assert all(torch.equal(a, b) for a, b in zip(tensors(layer(x)), want, strict=True))
+    assert seqkern.swaps(layer)[0].after is None
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_left_alone_and_said_why(name):
+    build, why = LEFT_ALONE[name]
+    layer = build()
+    model = nn.Sequential(layer, nn.GRU(4, 4))
+    cell = isinstance(layer, torch.jit.ScriptModule)
+    kept, x = type(layer), torch.randn((2, 3) if cell else (2, 1, 3))
+    want = tensors(layer(x))
+    seqkern.accelerate(model)
+    rows = {row.name: row for row in seqkern.swaps(model)}
+    assert type(model[0]) is kept
+    assert rows["0"].after is None
+    assert why in rows["0"].reason
+    assert rows["1"].after == "seqkern.nn.GRU"
+    assert all(torch.equal(a, b) for a, b in zip(tensors(model[0](x)), want, strict=True))
+    seqkern.restore(model)
+    assert (type(model[0]), type(model[1])) == (kept, nn.GRU)
+
+
+def test_optimizer_and_hooks_stay():
+    layer, calls = nn.LSTM(3, 4), []
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer.register_forward_hook(lambda *_: calls.append("hook"))
+    before = [p.detach().clone() for p in layer.parameters()]
+    seqkern.accelerate(layer)(torch.randn(5, 2, 3))[0].sum().backward()
+    optimizer.step()
+    assert calls == ["hook"]
+    assert not any(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
+
+
+def test_nested_wrapped_and_shared_modules():
+    shared = nn.GRU(4, 4)
+    model = nn.DataParallel(nn.ModuleDict({"a": nn.Sequential(shared), "b": shared, "c": nn.LSTM(4, 4)}))
+    seqkern.accelerate(model)
+    assert [row.name for row in seqkern.swaps(model)] == ["module.a.0", "module.c"]
+    assert model.module["a"][0] is model.module["b"]
+    assert type(model.module["b"]) is seqkern.nn.GRU
+    assert type(seqkern.restore(model).module["b"]) is nn.GRU
+
+
+def through_a_file(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_a_file], ids=["deepcopy", "pickle"])
+def test_a_copy_runs_and_can_be_restored(copied):
+    model = seqkern.accelerate(nn.Sequential(nn.GRU(3, 4)))
+    x = pack_sequence([torch.randn(5, 3), torch.randn(2, 3)])
+    twin = copied(model)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(twin(x)[0]), tensors(model(x)[0]), strict=True))
+    assert type(seqkern.restore(twin)[0]) is nn.GRU
+    assert type(model[0]) is seqkern.nn.GRU
+
+
+@pytest.mark.parametrize("verb", [seqkern.accelerate, seqkern.restore, seqkern.swaps])
+@pytest.mark.parametrize("given", [None, nn.LSTM, lambda x: x], ids=["none", "class", "function"])
+def test_no_module(verb, given):
+    with pytest.raises(TypeError, match=r"takes a torch.nn.Module"):
+        verb(given)

@@ -1,0 +1,69 @@
+"""verify: passes where the kernels are right, raises where one is wrong, and says what it changed."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+import seqkern
+from seqkern import functional
+
+
+class Tagger(nn.Module):
+    """Integers in, dropout of three kinds, a keyword with a default."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 3)
+        self.layers = nn.LSTM(3, 4, num_layers=2, dropout=0.5)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, numbers, scale=1.0):
+        output, _ = self.layers(self.embedding(numbers))
+        return {"scores": nn.functional.dropout(self.drop(output) * scale, 0.2, self.training)}
+
+
+def test_dropout_is_set_to_zero_and_said_so():
+    model = Tagger()
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    result = seqkern.verify(model, torch.randint(7, (5, 2)))
+    assert result.ok
+    assert any("layers (0.5)" in each for each in result.dropout)
+    assert any("drop (0.3)" in each for each in result.dropout)
+    assert len(result.dropout) == 3
+    assert "dropout was set to 0" in str(result)
+    assert model.layers.dropout == 0.5
+    assert type(model.layers) is nn.LSTM
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert "d embedding.weight" in {row.name for row in result.rows}
+
+
+def test_packed_input():
+    packed = pack_sequence([torch.randn(5, 3), torch.randn(2, 3)])
+    result = seqkern.verify(nn.GRU(3, 4, bidirectional=True), packed)
+    assert result.ok
+    assert {"output[0].data", "output[1]"} <= {row.name for row in result.rows}
+
+
+def test_nothing_accelerated_is_said():
+    assert "nothing was accelerated" in str(seqkern.verify(nn.Linear(3, 4), torch.randn(2, 3)))
+
+
+def test_a_wrong_kernel_raises(monkeypatch):
+    right = functional.gru
+
+    def wrong(*args, **kwargs):
+        output, state = right(*args, **kwargs)
+        return output * 1.001, state
+
+    monkeypatch.setattr(functional, "gru", wrong)
+    with pytest.raises(seqkern.VerificationError, match=r"less accurate .* worst") as caught:
+        seqkern.verify(nn.GRU(3, 4), torch.randn(5, 2, 3))
+    assert not caught.value.result.ok
+    assert "TOO LARGE" in str(caught.value.result)
+
+
+def test_no_floating_output():
+    with pytest.raises(ValueError, match="returned none"):
+        seqkern.verify(nn.Flatten(), torch.zeros(2, 3, dtype=torch.int64))
