@@ -118,12 +118,8 @@ template <class A>
 SK_INLINE void transpose(Vec<A>* rows) {
     constexpr int n = Simd<A>::n;
     using I = typename Simd<A>::I;
-    I low, high;
-    SK_UNROLL
-    for (int i = 0; i < n; ++i) {
-        low[i] = i / 2 + (i % 2) * n;
-        high[i] = i / 2 + n / 2 + (i % 2) * n;
-    }
+    constexpr I low = lanes<A>([](int i) { return i / 2 + (i % 2) * n; });
+    constexpr I high = lanes<A>([](int i) { return i / 2 + n / 2 + (i % 2) * n; });
     SK_UNROLL
     for (int round = 1; round < n; round *= 2) {
         Vec<A> next[n];

@@ -2,6 +2,7 @@
 // panel by panel while the pre-activations are in L1.
 #pragma once
 
+#include "gemv.h"
 #include "scan_common.h"
 
 namespace seqkern {
@@ -9,6 +10,7 @@ namespace SEQKERN_ISA {
 
 constexpr long FORWARD_CHUNK_ROWS = 128;                 // rows that amortise one pass over W_ih
 constexpr unsigned long FORWARD_CHUNK_BYTES = 1u << 20;  // of pre-activations, unless one step needs more
+constexpr long ROWS_WORTH_PACKING = 64;                  // with fewer, weights are read as they lie
 
 template <class CellT, class A, class S>
 struct ForwardScan {
@@ -17,46 +19,53 @@ struct ForwardScan {
 
     const ForwardCall& c;
     Sh s;
+    // Whether weights are read as they lie. A single sequence is bound by reading W_hh, which no packing
+    // quickens.
+    const bool lying_x, lying_h;
     struct {
-        A *w_ih, *w_hh, *w_hr;    // packed
+        A *w_ih, *w_hh, *w_hr;    // packed; null where they are read as they lie
         A *bias_x, *bias_r;       // [panel][W]; bias_r only where the cell keeps r apart
         A *h[2], *cell, *h_full;  // [B][ld]; h doubles so that a step reads one and writes the other
     } d[2];
 
-    ForwardScan(const ForwardCall& call, Arena& arena) : c(call), s(call) {
+    ForwardScan(const ForwardCall& call, Arena& arena)
+        : c(call), s(call), lying_x(c.N < ROWS_WORTH_PACKING), lying_h(lying_x || c.B == 1) {
         long panels = s.blocks_h * Sh::PANELS;
         for (int i = 0; i < c.D; ++i) {
-            d[i].w_ih = arena.take<A>(panels * c.I * W);
-            d[i].w_hh = arena.take<A>(panels * c.P * W);
-            d[i].w_hr = c.weights[i].w_hr ? arena.take<A>(s.blocks_p * c.H * 2 * n) : nullptr;
+            const bool projected = c.weights[i].w_hr;
+            d[i].w_ih = lying_x ? nullptr : arena.take<A>(panels * c.I * W);
+            d[i].w_hh = lying_h ? nullptr : arena.take<A>(panels * c.P * W);
+            d[i].w_hr = projected && !lying_h ? arena.take<A>(s.blocks_p * c.H * 2 * n) : nullptr;
             d[i].bias_x = arena.take<A>(panels * W);
             d[i].bias_r = arena.take<A>(panels * W);
             for (auto& h : d[i].h) h = arena.take<A>(c.B * max_of(s.ld_p, s.ld_h));
             d[i].cell = CellT::HAS_C ? arena.take<A>(c.B * s.ld_h) : nullptr;
-            d[i].h_full = c.weights[i].w_hr ? arena.take<A>(c.B * s.ld_h) : nullptr;
+            d[i].h_full = projected ? arena.take<A>(c.B * s.ld_h) : nullptr;
         }
     }
 
+    // Each thread packs what it is likely to read: whole directions, then neighbouring panels.
     void prepare(const Team& team) {
-        long panels = s.blocks_h * Sh::PANELS;
-        for (int i = 0; i < c.D; ++i) {
+        Range own = share(c.D * s.blocks_h, team.thread, team.threads);
+        for (long item = own.begin * Sh::PANELS; item < own.end * Sh::PANELS; ++item) {
+            const long i = item / (s.blocks_h * Sh::PANELS), p = item % (s.blocks_h * Sh::PANELS);
             const auto& w = c.weights[i];
-            for (long p = team.thread; p < panels; p += team.threads) {
-                pack_gates<CellT, A>(d[i].w_ih, static_cast<const S*>(w.w_ih), c.I, s, p);
-                pack_gates<CellT, A>(d[i].w_hh, static_cast<const S*>(w.w_hh), c.P, s, p);
-                pack_bias(i, p);
-            }
-            if (w.w_hr)
-                for (long p = team.thread; p < s.blocks_p; p += team.threads)
-                    pack_plain<A>(d[i].w_hr, static_cast<const S*>(w.w_hr), c.P, c.H, p);
-            Range rows = share(c.B, team.thread, team.threads);
-            for (long b = rows.begin; b < rows.end; ++b) {
-                const S* h0 = static_cast<const S*>(c.hx) + (i * c.B + b) * c.P;
-                for (auto h : d[i].h) copy_row<A>(h + b * s.ld_p, h0, c.P);
-                if (CellT::HAS_C)
-                    copy_row<A>(d[i].cell + b * s.ld_h, static_cast<const S*>(c.cx) + (i * c.B + b) * c.H,
-                                c.H);
-            }
+            if (!lying_x) pack_gates<CellT, A>(d[i].w_ih, static_cast<const S*>(w.w_ih), c.I, s, p);
+            if (!lying_h) pack_gates<CellT, A>(d[i].w_hh, static_cast<const S*>(w.w_hh), c.P, s, p);
+            pack_bias(i, p);
+        }
+        own = share(d[0].w_hr ? c.D * s.blocks_p : 0, team.thread, team.threads);
+        for (long item = own.begin; item < own.end; ++item) {
+            const long i = item / s.blocks_p;
+            pack_plain<A>(d[i].w_hr, static_cast<const S*>(c.weights[i].w_hr), c.P, c.H, item % s.blocks_p);
+        }
+        own = share(c.D * c.B, team.thread, team.threads);
+        for (long item = own.begin; item < own.end; ++item) {
+            const long i = item / c.B, b = item % c.B;
+            const S* h0 = static_cast<const S*>(c.hx) + item * c.P;
+            for (auto h : d[i].h) copy_row<A>(h + b * s.ld_p, h0, c.P);
+            if (CellT::HAS_C)
+                copy_row<A>(d[i].cell + b * s.ld_h, static_cast<const S*>(c.cx) + item * c.H, c.H);
         }
     }
 
@@ -72,6 +81,24 @@ struct ForwardScan {
                 store<A>(d[i].bias_x + p * W + (g * U + u) * n, CellT::APART ? x : x + r);
                 store<A>(d[i].bias_r + p * W + (g * U + u) * n, r);
             }
+    }
+
+    // o[row][W] (+)= a[row][K] times the rows of w [G H][K] that make the panel.
+    void gates_as_they_lie(const void* w, long K, long panel, bool backwards, long rows, const A* a, long lda,
+                           A* o, bool accumulate) const {
+        for (long at = 0; at < NV; ++at) {
+            const long v = backwards ? NV - 1 - at : at, unit = (panel * U + v % U) * n;
+            if (unit >= c.H) continue;
+            const S* from = static_cast<const S*>(w) + (v / U * c.H + unit) * K;
+            rows_as_they_lie(from, K, c.H - unit, rows, a, lda, o + v * n, W, accumulate);
+        }
+    }
+
+    // Columns [first, first + 2n) of the projection.
+    void project_as_it_lies(long dir, long first, long rows, const A* full, A* to) const {
+        const S* w = static_cast<const S*>(c.weights[dir].w_hr) + first * c.H;
+        for (long j = 0; j < min_of(c.P - first, 2 * n); j += n)
+            rows_as_they_lie(w + j * c.H, c.H, c.P - first - j, rows, full, s.ld_h, to + j, s.ld_p, false);
     }
 
     // The cell on `rows` rows of one panel. x, r: [row][W] pre-activations without bias.
@@ -164,8 +191,14 @@ struct ForwardScan {
                     copy_row<A>(buf.input + (at + b) * s.ld_i, input_row<S>(c, t, g.rows_begin + b), c.I);
                 at += m;
             }
-            gemm<A, NV>(rows, buf.input, s.ld_i, d[dir].w_ih + p0 * c.I * W, c.I * W, panels, c.I, buf.x, W,
-                        chunk_rows * W, false);
+            if (lying_x) {
+                for (long p = 0; p < panels; ++p)
+                    gates_as_they_lie(c.weights[dir].w_ih, c.I, p0 + p, false, rows, buf.input, s.ld_i,
+                                      buf.x + p * chunk_rows * W, false);
+            } else {
+                gemm<A, NV>(rows, buf.input, s.ld_i, d[dir].w_ih + p0 * c.I * W, c.I * W, panels, c.I, buf.x,
+                            W, chunk_rows * W, false);
+            }
             at = 0;
             for (long i = step; i < end; ++i) {
                 long t = time_of(dir, i), m = active_in(c, t, g);
@@ -187,14 +220,18 @@ struct ForwardScan {
         const A* h_prev = d[dir].h[step & 1];
         A* h_next = d[dir].h[(step + 1) & 1];
         const A* a = h_prev + g.rows_begin * s.ld_p;
-        const long group = max_panels<NV>(ceil_div(m, ceil_div(max_of(m, 1), max_rows<NV>())));
-        for (long p = 0; m > 0 && p < panels; p += group) {
-            long count = min_of(group, panels - p);
-            const A* w = d[dir].w_hh + (p0 + p) * c.P * W;
-            if (CellT::APART) {
-                gemm<A, NV>(m, a, s.ld_p, w, c.P * W, count, c.P, buf.r, W, m * W, false);
+        const long group = lying_h ? 1 : max_panels<NV>(ceil_div(m, ceil_div(max_of(m, 1), max_rows<NV>())));
+        // Every other step runs backwards through the weights, and meets in L1 what the one before read last.
+        const bool backwards = lying_h && step % 2;
+        for (long at = 0; m > 0 && at < panels; at += group) {
+            const long p = backwards ? panels - 1 - at : at, count = min_of(group, panels - p);
+            A* out = CellT::APART ? buf.r : x + p * x_stride;
+            if (lying_h) {
+                gates_as_they_lie(c.weights[dir].w_hh, c.P, p0 + p, backwards, m, a, s.ld_p, out,
+                                  !CellT::APART);
             } else {
-                gemm<A, NV>(m, a, s.ld_p, w, c.P * W, count, c.P, x + p * x_stride, W, x_stride, true);
+                gemm<A, NV>(m, a, s.ld_p, d[dir].w_hh + (p0 + p) * c.P * W, c.P * W, count, c.P, out, W,
+                            CellT::APART ? m * W : x_stride, !CellT::APART);
             }
             for (long i = 0; i < count; ++i)
                 cell_rows(g, p0 + p + i, m, x + (p + i) * x_stride, buf.r + i * m * W, h_prev, h_next, row0);
@@ -204,7 +241,12 @@ struct ForwardScan {
             const A* full = d[dir].h_full + g.rows_begin * s.ld_h;
             for (long p = out_blocks.begin; m > 0 && p < out_blocks.end; ++p) {
                 A* to = h_next + g.rows_begin * s.ld_p + p * 2 * n;
-                gemm<A, 2>(m, full, s.ld_h, d[dir].w_hr + p * c.H * 2 * n, 0, 1, c.H, to, s.ld_p, 0, false);
+                if (lying_h) {
+                    project_as_it_lies(dir, p * 2 * n, m, full, to);
+                } else {
+                    gemm<A, 2>(m, full, s.ld_h, d[dir].w_hr + p * c.H * 2 * n, 0, 1, c.H, to, s.ld_p, 0,
+                               false);
+                }
                 for (long b = 0; b < m; ++b)
                     for (long j = p * 2 * n; j < min_of(c.P, (p + 1) * 2 * n); j += n)
                         store_n<A>(static_cast<S*>(c.output) + ((row0 + b) * c.D + dir) * c.P + j,

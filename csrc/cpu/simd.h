@@ -24,6 +24,8 @@ struct Simd<float> {
     typedef float Unaligned __attribute__((vector_size(SEQKERN_VECTOR_BYTES), aligned(4), may_alias));
     typedef int I __attribute__((vector_size(SEQKERN_VECTOR_BYTES)));
     typedef unsigned int U __attribute__((vector_size(SEQKERN_VECTOR_BYTES)));
+    typedef unsigned short Shorts
+        __attribute__((vector_size(SEQKERN_VECTOR_BYTES / 2), aligned(2), may_alias));
 };
 
 template <>
@@ -37,6 +39,23 @@ struct Simd<double> {
 
 template <class A>
 using Vec = typename Simd<A>::V;
+
+// The constant vector of f(0), f(1), ..., for shuffles: a loop over the lanes would be computed at run time.
+template <class A, int... lane>
+struct Lanes {
+    template <class F>
+    static SK_INLINE constexpr typename Simd<A>::I of(F f) {
+        return typename Simd<A>::I{f(lane)...};
+    }
+};
+template <class A, int count, int... lane>
+struct CountedLanes : CountedLanes<A, count - 1, count - 1, lane...> {};
+template <class A, int... lane>
+struct CountedLanes<A, 0, lane...> : Lanes<A, lane...> {};
+template <class A, class F>
+SK_INLINE constexpr typename Simd<A>::I lanes(F f) {
+    return CountedLanes<A, Simd<A>::n>::of(f);
+}
 
 template <class A>
 SK_INLINE Vec<A> load(const A* p) {
@@ -69,36 +88,73 @@ SK_INLINE void narrow(bfloat* p, float v) {
     p->bits = static_cast<unsigned short>(v != v ? (u >> 16) | 0x40u : rounded);
 }
 
+// A whole vector. Sixteen-bit numbers are converted in integer arithmetic: compilers split _Float16 vectors.
+template <class A, class S>
+SK_INLINE Vec<A> load_whole(const S* p) {
+    if constexpr (__is_same(A, S)) {
+        return load<A>(p);
+    } else {
+        using U = typename Simd<A>::U;
+        const U bits = __builtin_convertvector(*reinterpret_cast<const typename Simd<A>::Shorts*>(p), U);
+        if constexpr (__is_same(S, bfloat)) {
+            return (Vec<A>)(bits << 16);
+        } else {
+            // The exponent's bias moves by 112 in a multiplication, which also makes subnormal numbers
+            // normal.
+            const U size = bits & 0x7fffu, special = (U)(size > 0x7bffu) & 0x7f800000u;
+            const U scaled = (U)((Vec<A>)(size << 13) * 0x1p112f);
+            return (Vec<A>)(scaled | special | (bits & 0x8000u) << 16);
+        }
+    }
+}
+
+template <class A, class S>
+SK_INLINE void store_whole(S* p, Vec<A> v) {
+    if constexpr (__is_same(A, S)) {
+        store<A>(p, v);
+    } else {
+        using U = typename Simd<A>::U;
+        const U bits = (U)v;
+        U found;
+        if constexpr (__is_same(S, bfloat)) {
+            const U even = bits + (((bits >> 16) & 1u) + 0x7fffu);
+            found = (v != v ? (bits | 0x400000u) : even) >> 16;
+        } else {
+            // To nearest even by adding the number whose last place is the result's. Subnormal results:
+            // 2^-24.
+            const U size = bits & 0x7fffffffu, exponent = size & 0x7f800000u;
+            const U place = exponent < 0x38800000u ? U{} + 0x3f000000u : exponent + (13u << 23);
+            const Vec<A> rounded = ((Vec<A>)size + (Vec<A>)place) - (Vec<A>)place;
+            const U small = (U)((Vec<A>)size + 0.5f) - 0x3f000000u;
+            const U normal = ((U)rounded - (112u << 23)) >> 13;
+            found = size < 0x38800000u ? small : normal;
+            found = (U)rounded >= 0x47800000u ? U{} + 0x7c00u : found;
+            found = size > 0x7f800000u ? (size >> 13 & 0x3ffu) | 0x7e00u : found;
+            found |= bits >> 16 & 0x8000u;
+        }
+        *reinterpret_cast<typename Simd<A>::Shorts*>(p) =
+            __builtin_convertvector(found, typename Simd<A>::Shorts);
+    }
+}
+
 // The first n lanes of p, zeros behind them.
 template <class A, class S>
 SK_INLINE Vec<A> load_n(const S* p, long n) {
-    if constexpr (__is_same(A, S)) {
-        if (n >= Simd<A>::n) return load<A>(p);
-    }
+    if (n >= Simd<A>::n) return load_whole<A>(p);
     A lanes[Simd<A>::n] __attribute__((aligned(SEQKERN_VECTOR_BYTES))) = {};
-    if (n >= Simd<A>::n) {
-        for (int i = 0; i < Simd<A>::n; ++i) lanes[i] = widen(p[i]);
-    } else {
-        for (long i = 0; i < n; ++i) lanes[i] = widen(p[i]);
-    }
+    for (long i = 0; i < n; ++i) lanes[i] = widen(p[i]);
     return load<A>(lanes);
 }
 
 template <class A, class S>
 SK_INLINE void store_n(S* p, Vec<A> v, long n) {
-    if constexpr (__is_same(A, S)) {
-        if (n >= Simd<A>::n) {
-            store<A>(p, v);
-            return;
-        }
+    if (n >= Simd<A>::n) {
+        store_whole<A>(p, v);
+        return;
     }
     A lanes[Simd<A>::n] __attribute__((aligned(SEQKERN_VECTOR_BYTES)));
     store<A>(lanes, v);
-    if (n >= Simd<A>::n) {
-        for (int i = 0; i < Simd<A>::n; ++i) narrow(p + i, lanes[i]);
-    } else {
-        for (long i = 0; i < n; ++i) narrow(p + i, lanes[i]);
-    }
+    for (long i = 0; i < n; ++i) narrow(p + i, lanes[i]);
 }
 
 template <class A, class S>

@@ -1,0 +1,117 @@
+// Products with weights as they lie in memory, row-major and unpacked: for the few rows that do not amortise
+// a packing. Every output is a sum of n chains along k, joined by a fixed tree.
+#pragma once
+
+#include "simd.h"
+
+namespace seqkern {
+namespace SEQKERN_ISA {
+
+// Lane j: the sum of the lanes of v[j]. A round adds two vectors into one: lanes whose number has the bit
+// come from the second, and every lane meets the one that differs from it in that bit.
+template <class A, int bit = Simd<A>::n / 2>
+SK_INLINE Vec<A> lane_sums(Vec<A>* v) {
+    if constexpr (bit == 0) {
+        return v[0];
+    } else {
+        constexpr int n = Simd<A>::n;
+        constexpr auto keep = lanes<A>([](int i) { return i & bit ? n + i : i; });
+        constexpr auto other = lanes<A>([](int i) { return i & bit ? n + (i ^ bit) : i ^ bit; });
+        SK_UNROLL
+        for (int r = 0; r < bit; ++r)
+            v[r] = __builtin_shuffle(v[r], v[r + bit], keep) + __builtin_shuffle(v[r], v[r + bit], other);
+        return lane_sums<A, bit / 2>(v);
+    }
+}
+
+// One vector x[K] that many rows are multiplied with.
+template <class A>
+struct Multiplied {
+    using I = typename Simd<A>::I;
+    static constexpr int n = Simd<A>::n;
+    const A* x;
+    long K, whole;  // elements in whole vectors
+    Vec<A> last;    // x[K - n, K), zero where a whole vector counts already
+    I counted;      // lanes of `last` that are not
+
+    Multiplied() = default;
+    SK_INLINE Multiplied(const A* x, long K) : x(x), K(K), whole(K - K % n), last{}, counted{} {
+        if (whole == K) return;
+        if (K < n) {
+            last = load_n<A>(x, K);
+            return;
+        }
+        counted = lanes<A>([](int i) { return i; }) >= static_cast<int>(n - K % n);
+        last = (Vec<A>)((I)load<A>(x + K - n) & counted);
+    }
+};
+
+// out[m], lane j: w[j][0..K) . by[m].x for j < count; what lies in the other lanes is some row's value.
+template <class A, int M, class S>
+SK_INLINE void dot_rows(const S* w, long ldw, long count, const Multiplied<A>* by, Vec<A>* out) {
+    using I = typename Simd<A>::I;
+    constexpr int n = Simd<A>::n, TOGETHER = n < 4 ? n : 4;
+    const long K = by[0].K, whole = by[0].whole;
+    Vec<A> sums[M][n];
+    SK_UNROLL
+    for (int j = 0; j < n; j += TOGETHER) {
+        const S* rows[TOGETHER];
+        Vec<A> part[M][TOGETHER] = {};
+        SK_UNROLL
+        for (int r = 0; r < TOGETHER; ++r) rows[r] = w + min_of(j + r, count - 1) * ldw;
+        for (long k = 0; k < whole && j < count; k += n) {
+            SK_UNROLL
+            for (int r = 0; r < TOGETHER; ++r) {
+                const Vec<A> v = load_whole<A>(rows[r] + k);
+                SK_UNROLL
+                for (int m = 0; m < M; ++m) part[m][r] += v * load<A>(by[m].x + k);
+            }
+        }
+        // Two loops, not one with a choice in it: a product and its sum must stay in one block of code, or the
+        // compiler does not fuse them for every M, and the last bit would depend on how rows are shared out.
+        if (K < n && j < count) {
+            SK_UNROLL
+            for (int r = 0; r < TOGETHER; ++r) {
+                const Vec<A> v = load_n<A>(rows[r], K);
+                SK_UNROLL
+                for (int m = 0; m < M; ++m) part[m][r] = v * by[m].last;
+            }
+        } else if (whole < K && j < count) {
+            SK_UNROLL
+            for (int r = 0; r < TOGETHER; ++r) {
+                const Vec<A> v = (Vec<A>)((I)load_whole<A>(rows[r] + K - n) & by[0].counted);
+                SK_UNROLL
+                for (int m = 0; m < M; ++m) part[m][r] += v * by[m].last;
+            }
+        }
+        SK_UNROLL
+        for (int m = 0; m < M; ++m) SK_UNROLL
+        for (int r = 0; r < TOGETHER; ++r) sums[m][j + r] = part[m][r];
+    }
+    SK_UNROLL
+    for (int m = 0; m < M; ++m) out[m] = lane_sums<A>(sums[m]);
+}
+
+// o[row][0..n) (row stride ldo) (+)= the first `count` rows of w times each of a[row][K].
+template <class A, int M = 4, class S>
+void rows_as_they_lie(const S* w, long K, long count, long rows, const A* a, long lda, A* o, long ldo,
+                      bool accumulate) {
+    while (rows >= M) {
+        Vec<A> out[M];
+        Multiplied<A> by[M];
+        SK_UNROLL
+        for (int m = 0; m < M; ++m) by[m] = Multiplied<A>(a + m * lda, K);
+        dot_rows<A, M>(w, K, count, by, out);
+        SK_UNROLL
+        for (int m = 0; m < M; ++m) {
+            A* to = o + m * ldo;
+            store<A>(to, accumulate ? load<A>(to) + out[m] : out[m]);
+        }
+        rows -= M, a += M * lda, o += M * ldo;
+    }
+    if constexpr (M > 1)
+        if (rows > 0) rows_as_they_lie<A, M / 2>(w, K, count, rows, a, lda, o, ldo, accumulate);
+}
+
+}  // namespace SEQKERN_ISA
+}  // namespace seqkern
