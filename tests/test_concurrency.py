@@ -56,6 +56,28 @@ def test_thread_count_changed_midway():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("kind", [seqkern.nn.LSTM, seqkern.nn.GRU])
+def test_more_threads_than_cores(kind):
+    """Members of a team that wait long for each other leave one alone in the midst of the sequence."""
+    torch.manual_seed(0)
+    layer, x = kind(64, 96, bidirectional=True), torch.randn(150, 1, 64)
+
+    def run():
+        output, _ = layer(x)
+        return [output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = run()
+        for n in (16, 7):
+            torch.set_num_threads(n)
+            for _ in range(3):
+                assert all(torch.equal(a, b) for a, b in zip(run(), want, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def child(pipe):
     pipe.send(work(1).numpy())
 

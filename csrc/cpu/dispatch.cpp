@@ -49,10 +49,19 @@ const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 // A thread more is worth its start and its barriers from about this much work on.
 constexpr double FLOP_WORTH_A_THREAD = 150e3;
 
+using Clock = std::chrono::steady_clock;
+
+// Until then, cores are taken to be held by other work, and no call may need a barrier in every step.
+std::atomic<Clock::rep> crowded_until{0};
+constexpr auto CROWDED_FOR = std::chrono::milliseconds(200);
+
 int threads_for(const Layer& c) {
     const double gates = c.cell == Cell::lstm ? 4 : c.cell == Cell::gru ? 3 : 1;
     const double flop = 2.0 * gates * c.H * (c.I + c.P) * c.N * c.D;
-    return static_cast<int>(std::clamp(flop / FLOP_WORTH_A_THREAD, 1.0, static_cast<double>(max_threads())));
+    double most = max_threads();
+    if (Clock::now().time_since_epoch().count() < crowded_until.load(std::memory_order_relaxed))
+        most = std::min(most, static_cast<double>(c.D * std::max(1L, c.B / ROWS_WORTH_A_THREAD)));
+    return static_cast<int>(std::clamp(flop / FLOP_WORTH_A_THREAD, 1.0, most));
 }
 
 template <class Call>
@@ -81,8 +90,6 @@ struct Probe {
     long count;
     std::atomic<double> rate{0};
 };
-
-using Clock = std::chrono::steady_clock;
 
 double elapsed(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
@@ -145,6 +152,8 @@ void run_team(int threads, void (*fn)(void*, const Team&), void* context) {
         auto barriers = std::make_unique<Barrier[]>(threads + 1);
 #pragma omp parallel num_threads(threads)
         fn(context, Team{omp_get_thread_num(), omp_get_num_threads(), barriers.get(), &failed});
+        if (std::any_of(&barriers[0], &barriers[threads], [](const Barrier& b) { return b.alone_from; }))
+            crowded_until = (Clock::now() + CROWDED_FOR).time_since_epoch().count();
     }
     if (failed) throw std::bad_alloc();
 }

@@ -1,7 +1,7 @@
-// One packed matmul. B lies in panels [panel][k][W], W = NV vectors, zero-padded; A is row-major with a
-// leading dimension (or, KMAJOR, packed as [k][rows]). Every output element is one chain of fused
-// multiply-adds over each block of k, whatever the tile it falls in, so no split of the work among threads or
-// tiles changes a bit of the result.
+// One packed matmul. B lies in panels of W = NV vectors: packed [panel][k][W] and zero-padded, or whole ones
+// as they lie in a row-major matrix. A is row-major with a leading dimension (or, KMAJOR, packed as
+// [k][rows]). Every output element is one chain of fused multiply-adds over each block of k, whatever the
+// tile it falls in, so no split of the work among threads or tiles changes a bit of the result.
 #pragma once
 
 #include "simd.h"
@@ -21,10 +21,21 @@ constexpr int max_panels(long rows) {
     return rows == 1 ? (NV == 2 ? 4 : 2) : rows <= max_rows<NV>() / 2 ? 2 : 1;
 }
 
+template <class A>
+struct Panels {
+    const A* first;
+    long ld, stride;  // from one row to the next, from one panel to the next
+
+    SK_INLINE Panels from(long panel, long row = 0) const {
+        return {first + panel * stride + row * ld, ld, stride};
+    }
+};
+
 template <class A, int MR, int NV, int NP, bool KMAJOR>
-void tile(const A* __restrict a, long lda, const A* __restrict b, long b_stride, long K, A* o, long ldo,
-          long o_stride, bool accumulate) {
-    constexpr int n = Simd<A>::n, W = NV * n;
+void tile(const A* __restrict a, long lda, Panels<A> from, long K, A* o, long ldo, long o_stride,
+          bool accumulate) {
+    constexpr int n = Simd<A>::n;
+    const A* __restrict b = from.first;
     Vec<A> acc[NP][MR][NV];
     SK_UNROLL
     for (int p = 0; p < NP; ++p) SK_UNROLL
@@ -38,7 +49,7 @@ void tile(const A* __restrict a, long lda, const A* __restrict b, long b_stride,
         Vec<A> bv[NP][NV];
         SK_UNROLL
         for (int p = 0; p < NP; ++p) SK_UNROLL
-        for (int v = 0; v < NV; ++v) bv[p][v] = load<A>(b + p * b_stride + v * n);
+        for (int v = 0; v < NV; ++v) bv[p][v] = load<A>(b + p * from.stride + v * n);
         SK_UNROLL
         for (int m = 0; m < MR; ++m) {
             A s = KMAJOR ? a[m] : rows[m / 3][(m % 3) * lda];
@@ -46,7 +57,7 @@ void tile(const A* __restrict a, long lda, const A* __restrict b, long b_stride,
             for (int p = 0; p < NP; ++p) SK_UNROLL
             for (int v = 0; v < NV; ++v) acc[p][m][v] += s * bv[p][v];
         }
-        b += W;
+        b += from.ld;
         if (KMAJOR) {
             a += lda;
         } else {
@@ -64,7 +75,7 @@ void tile(const A* __restrict a, long lda, const A* __restrict b, long b_stride,
 }
 
 template <class A>
-using TileFn = void (*)(const A*, long, const A*, long, long, A*, long, long, bool);
+using TileFn = void (*)(const A*, long, Panels<A>, long, A*, long, long, bool);
 
 template <class A, int NV, int NP, bool KMAJOR, int MR = max_rows<NV>()>
 SK_INLINE TileFn<A> find_tile(long rows) {
@@ -89,9 +100,8 @@ constexpr long K_BLOCK =
 
 // o[panel][row][W] (+)= a[row][k] b[panel][k][W]
 template <class A, int NV>
-void gemm(long M, const A* a, long lda, const A* b, long b_stride, long panels, long K, A* o, long ldo,
-          long o_stride, bool accumulate) {
-    constexpr int W = NV * Simd<A>::n;
+void gemm(long M, const A* a, long lda, Panels<A> b, long panels, long K, A* o, long ldo, long o_stride,
+          bool accumulate) {
     if (M <= 0) return;
     long tiles = ceil_div(M, max_rows<NV>()), base = M / tiles, longer = M % tiles;
     for (long k0 = 0; k0 == 0 || k0 < K; k0 += K_BLOCK) {
@@ -103,8 +113,8 @@ void gemm(long M, const A* a, long lda, const A* b, long b_stride, long panels, 
             TileFn<A> large = longer ? tile_for<A, NV, false>(base + 1, group) : small;
             for (long i = 0, row = 0; i < tiles; ++i) {
                 long rows = base + (i < longer);
-                (i < longer ? large : small)(a + row * lda + k0, lda, b + p * b_stride + k0 * W, b_stride,
-                                             depth, o + p * o_stride + row * ldo, ldo, o_stride,
+                (i < longer ? large : small)(a + row * lda + k0, lda, b.from(p, k0), depth,
+                                             o + p * o_stride + row * ldo, ldo, o_stride,
                                              accumulate || k0 > 0);
                 row += rows;
             }

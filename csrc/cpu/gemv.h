@@ -67,8 +67,9 @@ SK_INLINE void dot_rows(const S* w, long ldw, long count, const Multiplied<A>* b
                 for (int m = 0; m < M; ++m) part[m][r] += v * load<A>(by[m].x + k);
             }
         }
-        // Two loops, not one with a choice in it: a product and its sum must stay in one block of code, or the
-        // compiler does not fuse them for every M, and the last bit would depend on how rows are shared out.
+        // Two loops, not one with a choice in it: a product and its sum must stay in one block of code, or
+        // the compiler does not fuse them for every M, and the last bit would depend on how rows are shared
+        // out.
         if (K < n && j < count) {
             SK_UNROLL
             for (int r = 0; r < TOGETHER; ++r) {

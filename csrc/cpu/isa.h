@@ -83,7 +83,7 @@ static bool multiply(long M, long N, long K, const A* a, const A* b, A* c) {
     for (long k = 0; k < K; ++k)
         for (long p = 0; p < panels; ++p)
             pack_row<A>(packed + (p * K + k) * PW, PW, b + k * N + p * PW, N - p * PW);
-    gemm<A, 2>(M, a, K, packed, K * PW, panels, K, out, PW, M * PW, false);
+    gemm<A, 2>(M, a, K, {packed, PW, K * PW}, panels, K, out, PW, M * PW, false);
     for (long m = 0; m < M; ++m)
         for (long p = 0; p < panels; ++p)
             copy_row<A>(c + m * N + p * PW, out + (p * M + m) * PW, min_of(PW, N - p * PW));

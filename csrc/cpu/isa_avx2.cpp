@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #include <sched.h>
 #include <stdlib.h>
+#include <time.h>
 
 #pragma GCC target("avx2,fma,f16c")
 #define SEQKERN_ISA isa_avx2

@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #include <sched.h>
 #include <stdlib.h>
+#include <time.h>
 
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #define SEQKERN_ISA isa_avx512

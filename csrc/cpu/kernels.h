@@ -38,6 +38,9 @@ struct BackwardCall : Layer {
     } d_weights[2];
 };
 
+// Sequences of a batch that are worth a thread of their own, which meets no barrier inside the scan.
+constexpr long ROWS_WORTH_A_THREAD = 4;
+
 // One thread's view of the threads that share a call.
 struct Barrier;
 struct Team {

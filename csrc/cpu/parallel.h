@@ -3,6 +3,7 @@
 #pragma once
 
 #include <sched.h>
+#include <time.h>
 
 #include "kernels.h"
 #include "simd.h"
@@ -12,24 +13,31 @@ namespace seqkern {
 
 namespace SEQKERN_ISA {
 
-// Spins for some microseconds, then yields: a thread that lost its core must not be waited for at full heat.
-SK_INLINE void barrier(Barrier* b, int threads) {
-    if (threads == 1) return;
-    int phase = __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE);
+// Spins for some microseconds, then yields, then sleeps: a thread that lost its core must not be waited for
+// at full heat. Returns the phase that it opened.
+SK_INLINE int barrier(Barrier* b, int threads) {
+    constexpr int SPINS = 4000, YIELDS = 200;
+    if (threads == 1) return 0;
+    const int phase = __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&b->waiting, 1, __ATOMIC_ACQ_REL) == threads) {
         __atomic_store_n(&b->waiting, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&b->phase, phase + 1, __ATOMIC_RELEASE);
-        return;
+        return phase + 1;
     }
     for (int spins = 0; __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE) == phase; ++spins) {
-        if (spins < 4000) {
+        if (spins < SPINS) {
 #if defined(__x86_64__)
             __builtin_ia32_pause();
 #endif
-        } else {
+        } else if (spins < SPINS + YIELDS) {
+            if (spins == SPINS) __atomic_add_fetch(&b->long_waits, 1, __ATOMIC_RELAXED);
             sched_yield();
+        } else {
+            const timespec nap = {0, 50000};
+            nanosleep(&nap, nullptr);
         }
     }
+    return phase + 1;
 }
 
 // The first barrier of a call. False where a thread of the team came without its memory.
@@ -55,8 +63,6 @@ struct Group {
     int index, member, members;
 };
 
-constexpr long ROWS_WORTH_A_THREAD = 4;
-
 SK_INLINE long groups_per_direction(const Layer& c, int threads) {
     long per_direction = max_of(1, threads / c.D);
     long split = min_of(per_direction, max_of(1, c.B / ROWS_WORTH_A_THREAD));
@@ -74,6 +80,25 @@ SK_INLINE long row_boundary(const Layer& c, long part, long parts) {
         done += t;
     }
     return c.B;
+}
+
+// The barrier that ends a step. Where the members often wait long, other work holds the cores, and each step
+// would cost a turn of the scheduler: then all but member 0 leave, and false tells them so.
+SK_INLINE bool end_step(Barrier* b, const Group& g) {
+    constexpr int LONG_WAITS = 3;
+    if (g.members == 1) return true;
+    if (g.member == 0 && !b->alone_from && __atomic_load_n(&b->long_waits, __ATOMIC_RELAXED) >= LONG_WAITS)
+        __atomic_store_n(&b->alone_from, __atomic_load_n(&b->phase, __ATOMIC_RELAXED) + 1, __ATOMIC_RELAXED);
+    const int phase = barrier(b, g.members), from = __atomic_load_n(&b->alone_from, __ATOMIC_RELAXED);
+    return !from || phase < from;
+}
+
+// The group as this thread finds it once members may have left. False: this one has.
+SK_INLINE bool still_there(const Barrier* b, Group& g) {
+    const int from = __atomic_load_n(&b->alone_from, __ATOMIC_RELAXED);
+    if (g.members == 1 || !from || __atomic_load_n(&b->phase, __ATOMIC_RELAXED) < from) return true;
+    g.members = 1;
+    return g.member == 0;
 }
 
 // The k-th group this thread works in; false when there is none left.

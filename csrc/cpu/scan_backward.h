@@ -8,8 +8,9 @@ namespace seqkern {
 namespace SEQKERN_ISA {
 
 constexpr long BACKWARD_CHUNK_ROWS =
-    512;                       // depth of the weight gradients' matmul; 14 columns of it fit in L1
-constexpr long SUM_ROWS = 32;  // rows of a bias gradient summed before they join the rest
+    512;                                 // depth of the weight gradients' matmul; 14 columns of it fit in L1
+constexpr long ROWS_WORTH_COPYING = 64;  // with fewer, weights are read as they lie
+constexpr long SUM_ROWS = 32;            // rows of a bias gradient summed before they join the rest
 
 template <class CellT, class A, class S>
 struct BackwardScan {
@@ -23,11 +24,16 @@ struct BackwardScan {
     Sh s;
     long ld_gates, chunk,
         K;  // columns kept: APART [n_x, first gates.., n_r], so that both sides are G H in a row
+    // A matrix of weights [K][columns]: its first panels as they lie, the others packed.
+    struct Weights {
+        long lying;
+        Panels<A> as_it_lies, packed;
+    };
     struct {
-        A *w_ih, *w_hh, *w_hr;  // packed [panel][k][PW]
-        A *carry, *dc;          // [B][ld]: gradients of the states between two steps
-        A *gates, *dh;          // [chunk][ld]; dh only where projected
-        A *x, *h, *full;        // [panel][chunk][PW]: inputs, previous states, unprojected outputs
+        Weights w_ih, w_hh, w_hr;
+        A *carry, *dc;    // [B][ld]: gradients of the states between two steps
+        A *gates, *dh;    // [chunk][ld]; dh only where projected
+        A *x, *h, *full;  // [panel][chunk][PW]: inputs, previous states, unprojected outputs
         A *d_w_ih, *d_w_hh, *d_w_hr, *d_b_ih, *d_b_hh;  // the results, or float ones to be rounded at the end
     } d[2];
     A* d_input;
@@ -46,9 +52,9 @@ struct BackwardScan {
         d_input = c.D == 1 ? nullptr : result<A>(arena, c.d_input, c.N * c.I);
         for (int i = 0; i < c.D; ++i) {
             const auto& out = c.d_weights[i];
-            d[i].w_ih = c.d_input ? arena.take<A>(s.blocks_i * K * PW) : nullptr;
-            d[i].w_hh = arena.take<A>(s.blocks_p * K * PW);
-            d[i].w_hr = projected ? arena.take<A>(s.blocks_h * c.P * PW) : nullptr;
+            if (c.d_input) d[i].w_ih = weights_of(arena, c.weights[i].w_ih, K, c.I);
+            d[i].w_hh = weights_of(arena, c.weights[i].w_hh, K, c.P);
+            if (projected) d[i].w_hr = weights_of(arena, c.weights[i].w_hr, c.P, c.H);
             d[i].carry = arena.take<A>(c.B * s.ld_p);
             d[i].dc = CellT::HAS_C ? arena.take<A>(c.B * s.ld_h) : nullptr;
             d[i].gates = arena.take<A>(chunk * ld_gates);
@@ -62,6 +68,28 @@ struct BackwardScan {
             d[i].d_b_ih = result<A>(arena, out.b_ih, K);
             d[i].d_b_hh = result<A>(arena, out.b_hh, K);
         }
+    }
+
+    Weights weights_of(Arena& arena, const void* w, long rows, long columns) const {
+        const long panels = ceil_div(columns, PW);
+        const long lying = NATIVE && c.N < ROWS_WORTH_COPYING ? columns / PW : 0;
+        return {lying,
+                {static_cast<const A*>(NATIVE ? w : nullptr), columns, PW},
+                {arena.take<A>((panels - lying) * rows * PW), PW, rows * PW}};
+    }
+    static A* packed_from(const Weights& w) { return const_cast<A*>(w.packed.first); }
+
+    // o[panel][row][PW] (+)= a[row][k] times panels [first, first + panels) of w, rows [w_row, w_row +
+    // depth).
+    static void multiply(long rows, const A* a, long lda, const Weights& w, long first, long panels,
+                         long w_row, long depth, A* o, long ldo, long o_stride, bool accumulate) {
+        const long lying = max_of(0, min_of(panels, w.lying - first));
+        if (lying)
+            gemm<A, 2>(rows, a, lda, w.as_it_lies.from(first, w_row), lying, depth, o, ldo, o_stride,
+                       accumulate);
+        if (panels > lying)
+            gemm<A, 2>(rows, a, lda, w.packed.from(first + lying - w.lying, w_row), panels - lying, depth,
+                       o + lying * o_stride, ldo, o_stride, accumulate);
     }
 
     template <class To>
@@ -137,13 +165,11 @@ struct BackwardScan {
             const auto& w = c.weights[i];
             Range k = share(K, team.thread, team.threads);
             for (long r = k.begin; r < k.end; ++r) {
-                if (c.d_input)
-                    pack_panels(d[i].w_ih, r, K, static_cast<const S*>(w.w_ih) + x_weight_row(r) * c.I, c.I);
-                pack_panels(d[i].w_hh, r, K, static_cast<const S*>(w.w_hh) + r * c.P, c.P);
+                if (c.d_input) pack_weights(d[i].w_ih, r, K, w.w_ih, c.I);
+                pack_weights(d[i].w_hh, r, K, w.w_hh, c.P);
             }
             k = share(projected ? c.P : 0, team.thread, team.threads);
-            for (long r = k.begin; r < k.end; ++r)
-                pack_panels(d[i].w_hr, r, c.P, static_cast<const S*>(w.w_hr) + r * c.H, c.H);
+            for (long r = k.begin; r < k.end; ++r) pack_weights(d[i].w_hr, r, c.P, w.w_hr, c.H);
             k = share(c.B, team.thread, team.threads);
             for (long b = k.begin; b < k.end; ++b) {
                 start_state(d[i].carry + b * s.ld_p, c.grad_h_n, (i * c.B + b) * c.P, c.P);
@@ -160,6 +186,12 @@ struct BackwardScan {
         } else {
             for (long j = 0; j < width; ++j) to[j] = 0;
         }
+    }
+
+    static void pack_weights(const Weights& to, long row, long depth, const void* w, long columns) {
+        const long done = to.lying * PW;
+        pack_panels(packed_from(to), row, depth, static_cast<const S*>(w) + row * columns + done,
+                    columns - done);
     }
 
     // Row k of a matrix with `depth` rows into its panels.
@@ -185,11 +217,13 @@ struct BackwardScan {
         return row < 0 ? static_cast<const S*>(c.hx) + (i * c.B + b) * c.P : output_row(i, row);
     }
 
-    void scan(const Group& g, const Chunk& now, const Buffers& buf, Barrier* joint) {
+    void scan(Group g, const Chunk& now, const Buffers& buf, Barrier* joint) {
         const int i = g.direction;
-        Range units = share(s.blocks_h, g.member, g.members), outs = share(s.blocks_p, g.member, g.members);
-        const long first_out = outs.begin, panels = outs.end - outs.begin;
         for (long step = now.begin; step < now.end; ++step) {
+            if (!still_there(joint, g)) return;
+            const Range units = share(s.blocks_h, g.member, g.members),
+                        outs = share(s.blocks_p, g.member, g.members);
+            const long first_out = outs.begin, panels = outs.end - outs.begin;
             const long t = i ? step : now.begin + now.end - 1 - step, m = active_in(c, t, g);
             if (m == 0) continue;
             const long row = c.row_start[t] + g.rows_begin, at = row - now.row;
@@ -198,8 +232,8 @@ struct BackwardScan {
                     for (long j = outs.begin * PW; j < min_of(c.P, outs.end * PW); j += n)
                         store<A>(d[i].dh + (at + b) * s.ld_p + j, incoming(i, g.rows_begin + b, row + b, j));
                 barrier(joint, g.members);
-                gemm<A, 2>(m, d[i].dh + at * s.ld_p, s.ld_p, d[i].w_hr + units.begin * c.P * PW, c.P * PW,
-                           units.end - units.begin, c.P, buf.pre, PW, m * PW, false);
+                multiply(m, d[i].dh + at * s.ld_p, s.ld_p, d[i].w_hr, units.begin, units.end - units.begin, 0,
+                         c.P, buf.pre, PW, m * PW, false);
             }
             for (long j = units.begin * PW; j < min_of(c.H, units.end * PW); j += n) {
                 const long panel = j / PW - units.begin;
@@ -207,10 +241,9 @@ struct BackwardScan {
                           projected ? buf.pre + panel * m * PW + j % PW : nullptr);
             }
             barrier(joint, g.members);
-            gemm<A, 2>(m, r_gates(i) + at * ld_gates, ld_gates, d[i].w_hh + first_out * K * PW, K * PW,
-                       panels, K, d[i].carry + g.rows_begin * s.ld_p + first_out * PW, s.ld_p, PW,
-                       CellT::APART);
-            barrier(joint, g.members);
+            multiply(m, r_gates(i) + at * ld_gates, ld_gates, d[i].w_hh, first_out, panels, 0, K,
+                     d[i].carry + g.rows_begin * s.ld_p + first_out * PW, s.ld_p, PW, CellT::APART);
+            end_step(joint, g);
         }
     }
 
@@ -330,7 +363,7 @@ struct BackwardScan {
                         bool add) const {
         TileFn<A> run = tile_for<A, 2, true>(width, 1);
         for (long p = 0; p * PW < columns; ++p) {
-            run(buf.block, width, b + p * chunk * PW, 0, rows, buf.tile, PW, 0, false);
+            run(buf.block, width, {b + p * chunk * PW, PW, 0}, rows, buf.tile, PW, 0, false);
             for (long m = 0; m < width; ++m)
                 emit(to + m * columns + p * PW, buf.tile + m * PW, columns - p * PW, add);
         }
@@ -354,8 +387,13 @@ struct BackwardScan {
     void input_gradient(int i, const Chunk& now, const Team& team, const Buffers& buf) {
         Range rows = share(now.rows, team.thread, team.threads);
         const long m = rows.end - rows.begin;
-        gemm<A, 2>(m, d[i].gates + rows.begin * ld_gates, ld_gates, d[i].w_ih, K * PW, s.blocks_i, K,
-                   buf.rows, PW, m * PW, false);
+        const A* gates = d[i].gates + rows.begin * ld_gates;
+        const long first = CellT::APART ? c.H : 0;  // kept columns whose weights come last
+        multiply(m, gates + first, ld_gates, d[i].w_ih, 0, s.blocks_i, 0, K - first, buf.rows, PW, m * PW,
+                 false);
+        if (first)
+            multiply(m, gates, ld_gates, d[i].w_ih, 0, s.blocks_i, K - first, first, buf.rows, PW, m * PW,
+                     true);
         for (long k = 0; k < m; ++k)
             for (long p = 0; p < s.blocks_i; ++p) {
                 const long at = (now.row + rows.begin + k) * c.I + p * PW;

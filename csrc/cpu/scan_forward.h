@@ -157,7 +157,7 @@ struct ForwardScan {
     }
 
     struct Buffers {
-        long chunk_rows;
+        long rows, room;  // rows of a chunk; of x, in rows of one panel
         A *input, *x, *r;
     };
     Buffers lay_out(Arena& arena, const Group& g) const {
@@ -166,18 +166,21 @@ struct ForwardScan {
         const long panels = max_of(1, (blocks.end - blocks.begin) * Sh::PANELS);
         const long fitting = FORWARD_CHUNK_BYTES / (sizeof(A) * panels * W);
         const long rows = min_of(width * c.T, max_of(width, min_of(fitting, FORWARD_CHUNK_ROWS)));
-        return {rows, arena.take<A>(rows * s.ld_i), arena.take<A>(panels * rows * W),
+        const long room =
+            max_of(panels * rows, s.blocks_h * Sh::PANELS * width);  // of one step, if left alone
+        return {rows, room, arena.take<A>(rows * s.ld_i), arena.take<A>(room * W),
                 arena.take<A>(width * 4 * W)};
     }
 
-    void run_group(const Group& g, const Buffers& buf, Barrier* joint) {
-        const long dir = g.direction, chunk_rows = buf.chunk_rows;
+    void run_group(Group g, const Buffers& buf, Barrier* joint) {
+        const long dir = g.direction;
         const bool projected = c.weights[dir].w_hr != nullptr;
-        Range blocks = share(s.blocks_h, g.member, g.members),
-              out_blocks = share(s.blocks_p, g.member, g.members);
-        const long p0 = blocks.begin * Sh::PANELS, panels = (blocks.end - blocks.begin) * Sh::PANELS;
-
         for (long step = 0; step < c.T;) {
+            if (!still_there(joint, g)) return;
+            const Range blocks = share(s.blocks_h, g.member, g.members),
+                        out_blocks = share(s.blocks_p, g.member, g.members);
+            const long p0 = blocks.begin * Sh::PANELS, panels = (blocks.end - blocks.begin) * Sh::PANELS;
+            const long chunk_rows = min_of(buf.rows, buf.room / max_of(1, panels));
             long rows = 0, end = step;
             for (; end < c.T; ++end) {
                 long more = active_in(c, time_of(dir, end), g);
@@ -196,25 +199,25 @@ struct ForwardScan {
                     gates_as_they_lie(c.weights[dir].w_ih, c.I, p0 + p, false, rows, buf.input, s.ld_i,
                                       buf.x + p * chunk_rows * W, false);
             } else {
-                gemm<A, NV>(rows, buf.input, s.ld_i, d[dir].w_ih + p0 * c.I * W, c.I * W, panels, c.I, buf.x,
-                            W, chunk_rows * W, false);
+                gemm<A, NV>(rows, buf.input, s.ld_i, {d[dir].w_ih + p0 * c.I * W, W, c.I * W}, panels, c.I,
+                            buf.x, W, chunk_rows * W, false);
             }
             at = 0;
-            for (long i = step; i < end; ++i) {
-                long t = time_of(dir, i), m = active_in(c, t, g);
-                one_step(g, i, t, m, p0, panels, buf, buf.x + at * W, chunk_rows * W, out_blocks, projected,
-                         joint);
-                long next = i + 1 < c.T ? active_in(c, time_of(dir, i + 1), g) : 0;
-                finish_rows(g, i, next, m, blocks, out_blocks);
+            for (bool together = true; together && step < end; ++step) {
+                long t = time_of(dir, step), m = active_in(c, t, g);
+                together = one_step(g, step, t, m, p0, panels, buf, buf.x + at * W, chunk_rows * W,
+                                    out_blocks, projected, joint);
+                long next = step + 1 < c.T ? active_in(c, time_of(dir, step + 1), g) : 0;
+                finish_rows(g, step, next, m, blocks, out_blocks);
                 at += m;
             }
-            step = end;
         }
     }
 
     long time_of(long dir, long step) const { return dir ? c.T - 1 - step : step; }
 
-    void one_step(const Group& g, long step, long t, long m, long p0, long panels, const Buffers& buf, A* x,
+    // False: the members part after this step.
+    bool one_step(const Group& g, long step, long t, long m, long p0, long panels, const Buffers& buf, A* x,
                   long x_stride, Range out_blocks, bool projected, Barrier* joint) {
         const long dir = g.direction, row0 = c.row_start[t] + g.rows_begin;
         const A* h_prev = d[dir].h[step & 1];
@@ -230,7 +233,7 @@ struct ForwardScan {
                 gates_as_they_lie(c.weights[dir].w_hh, c.P, p0 + p, backwards, m, a, s.ld_p, out,
                                   !CellT::APART);
             } else {
-                gemm<A, NV>(m, a, s.ld_p, d[dir].w_hh + (p0 + p) * c.P * W, c.P * W, count, c.P, out, W,
+                gemm<A, NV>(m, a, s.ld_p, {d[dir].w_hh + (p0 + p) * c.P * W, W, c.P * W}, count, c.P, out, W,
                             CellT::APART ? m * W : x_stride, !CellT::APART);
             }
             for (long i = 0; i < count; ++i)
@@ -244,8 +247,8 @@ struct ForwardScan {
                 if (lying_h) {
                     project_as_it_lies(dir, p * 2 * n, m, full, to);
                 } else {
-                    gemm<A, 2>(m, full, s.ld_h, d[dir].w_hr + p * c.H * 2 * n, 0, 1, c.H, to, s.ld_p, 0,
-                               false);
+                    gemm<A, 2>(m, full, s.ld_h, {d[dir].w_hr + p * c.H * 2 * n, 2 * n, 0}, 1, c.H, to, s.ld_p,
+                               0, false);
                 }
                 for (long b = 0; b < m; ++b)
                     for (long j = p * 2 * n; j < min_of(c.P, (p + 1) * 2 * n); j += n)
@@ -253,7 +256,7 @@ struct ForwardScan {
                                    load<A>(h_next + (g.rows_begin + b) * s.ld_p + j), c.P - j);
             }
         }
-        barrier(joint, g.members);
+        return end_step(joint, g);
     }
 
     // Rows [next, m) of the group end with this step: their state is final.

@@ -9,6 +9,8 @@ namespace seqkern {
 struct alignas(64) Barrier {
     int waiting = 0;
     int phase = 0;
+    int long_waits = 0;  // longer than an idle core would need
+    int alone_from = 0;  // the phase from which member 0 does all the work; 0: never
 };
 
 // Memory for one call, on a cache line. Null where there is none left.
