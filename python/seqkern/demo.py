@@ -1,6 +1,5 @@
 """Trains a character language model twice from one seed, on torch and accelerated, and shows both side by side."""
 
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,17 +55,6 @@ def smooth(values: list[float]) -> list[float]:
         mean += (value - mean) * 0.05
         found.append(mean / (1 - 0.95**i))
     return found
-
-
-def writable(folder: Path) -> Path:
-    """The folder, made where it is missing; raises ValueError where a picture could not be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as e:
-        raise ValueError(f"cannot write into the output folder {folder}: {e.strerror}") from e
-    return folder
 
 
 def train(
@@ -195,7 +183,7 @@ def main(
         raise ValueError(f"cell is {cell!r}, expected one of {', '.join(charmodel.CELLS)}, all")
     if steps < 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
-    output = writable(Path(output))
+    output = report.writable(Path(output))
     corpus = Corpus(charmodel.read_text(text))
     console = console or Console()
     cells = list(charmodel.CELLS) if cell == "all" else [cell]

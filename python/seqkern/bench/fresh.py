@@ -63,6 +63,10 @@ def _run(connection: Connection, row: Row, mode: str, accelerated: bool, threads
         model = measure.accelerated(model)
     torch.set_num_threads(threads)
     call = measure.caller(model, inputs, mode)
+    x = torch.zeros(1, requires_grad=True)
+    torch.autograd.grad(
+        x * 1, x, torch.ones(1)
+    )  # imports sympy: 35 MB and most of a second, of neither's making
     with torch.set_grad_enabled(mode != INFERENCE):
         connection.send(_cost(call))
 

@@ -56,7 +56,9 @@ def caller(model: nn.Module, inputs: tuple[Any, ...], mode: str) -> Callable[[],
         return forward
     model.train()
     given, leaves = zip(*map(leaf, inputs), strict=True)
-    names = [f"d input{i}" for i in range(len(leaves))] + [f"d {name}" for name, _ in model.named_parameters()]
+    names = [f"d input{i}" for i in range(len(leaves))] + [
+        f"d {name}" for name, _ in model.named_parameters()
+    ]
     wanted = [*leaves, *model.parameters()]
     sent: list[Tensor] = []
 
@@ -91,7 +93,9 @@ def results(model: nn.Module, inputs: tuple[Any, ...], mode: str) -> dict[str, T
 def reference(row: Row, mode: str) -> dict[str, Tensor]:
     """The workload's outputs, and in training its gradients, by torch in float64."""
     model, inputs = row.build()
-    wide = tuple(i._replace(data=i.data.double()) if isinstance(i, PackedSequence) else i.double() for i in inputs)
+    wide = tuple(
+        i._replace(data=i.data.double()) if isinstance(i, PackedSequence) else i.double() for i in inputs
+    )
     return results(model.double(), wide, mode)
 
 
@@ -104,12 +108,16 @@ def gate(row: Row, mode: str, ours: nn.Module, want: Mapping[str, Tensor] | None
     got = results(ours, inputs, mode)
     for name, value in theirs.items():
         if got[name].shape != value.shape:
-            raise WrongResult(f"{row.name}, {mode}: {name} is {tuple(got[name].shape)}, not {tuple(value.shape)}")
+            raise WrongResult(
+                f"{row.name}, {mode}: {name} is {tuple(got[name].shape)}, not {tuple(value.shape)}"
+            )
         error = testing.relative_rms(got[name], want[name])
         allowed = testing.tolerance(value.dtype, testing.relative_rms(value, want[name]), row.depth())
         if not error <= allowed:  # NaN fails
             at = testing.worst(got[name], want[name])
-            raise WrongResult(f"{row.name}, {mode}: {name} is off by {error:.2g}, allowed {allowed:.2g}; worst {at}")
+            raise WrongResult(
+                f"{row.name}, {mode}: {name} is off by {error:.2g}, allowed {allowed:.2g}; worst {at}"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -36,7 +36,7 @@ def session(layer: nn.RNNBase, threads: int):
     )
 
 
-def outputs(found: list[np.ndarray], layer: nn.RNNBase) -> list[torch.Tensor]:
+def outputs(found: Sequence[Any], layer: nn.RNNBase) -> list[torch.Tensor]:
     """What the session returned, in torch's layout: output, then the final states."""
     y, *states = map(torch.from_numpy, found)
     steps, _, batch, _ = y.shape

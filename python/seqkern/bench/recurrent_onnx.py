@@ -1,5 +1,7 @@
 """torch's recurrent layers as ONNX models of one node."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -33,7 +35,7 @@ def model(layer: nn.RNNBase) -> bytes:
         "r": stacked("weight_hh_l0"),
         "b": stacked("bias_ih_l0", "bias_hh_l0"),
     }
-    options: dict[str, object] = {"hidden_size": layer.hidden_size}
+    options: dict[str, Any] = {"hidden_size": layer.hidden_size}
     options["direction"] = "bidirectional" if layer.bidirectional else "forward"
     if kind == "GRU":
         options["linear_before_reset"] = 1  # the reset gate after the matmul, as in torch
