@@ -10,8 +10,11 @@ import torch
 from seqkern.bench import measure
 from seqkern.bench.rows import MODES, SUITES, TRAINING
 
+NAMES = str.maketrans(" ,", "-x")  # for -k, which takes neither
 CASES = [
-    pytest.param(row, mode, id=f"{row.name}-{mode}".replace(" ", "-")) for row in SUITES["rnn"] for mode in MODES
+    pytest.param(row, mode, id=f"{row.name}-{mode}".translate(NAMES))
+    for row in SUITES["rnn"]
+    for mode in MODES
 ]
 
 

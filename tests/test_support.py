@@ -15,7 +15,9 @@ from seqkern.bench import tables
 from seqkern.explanation import Explanation
 from seqkern.testing import DTYPES
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch's
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:LSTM with projections is not supported with oneDNN"
+)  # torch's
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 MODULES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")

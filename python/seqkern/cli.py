@@ -1,7 +1,6 @@
 """The command ``seqkern``: what is installed, whether it is right, how fast it is, and the demo."""
 
 import platform
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 from rich.console import Console
 
 import seqkern
-from seqkern import report
+from seqkern import report, testing
 from seqkern.ops import _backend, _library
 
 app = typer.Typer(
@@ -54,10 +53,7 @@ def verify() -> None:
         torch.manual_seed(0)
         model = getattr(torch.nn, name)(40, 64, **options)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", "LSTM with projections is not supported with oneDNN"
-                )  # torch's
+            with testing.without_torchs_warnings():
                 result, verdict = seqkern.verify(model, torch.randn(30, 8, 40)), True
         except seqkern.VerificationError as e:
             result, verdict = e.result, False

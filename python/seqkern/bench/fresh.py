@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from seqkern import testing
 from seqkern.bench import measure
 from seqkern.bench.rows import INFERENCE, Row
 
@@ -67,7 +68,7 @@ def _run(connection: Connection, row: Row, mode: str, accelerated: bool, threads
     torch.autograd.grad(
         x * 1, x, torch.ones(1)
     )  # imports sympy: 35 MB and most of a second, of neither's making
-    with torch.set_grad_enabled(mode != INFERENCE):
+    with testing.without_torchs_warnings(), torch.set_grad_enabled(mode != INFERENCE):
         connection.send(_cost(call))
 
 

@@ -24,6 +24,14 @@ class WrongResult(Exception):
     """A kernel failed the gate; the message says which tensor and by how much."""
 
 
+class PeerFailed(Exception):
+    """A peer, named first, computed something else than torch or broke down; the message says how."""
+
+    def __init__(self, peer: str, message: str):
+        super().__init__(message)
+        self.peer = peer
+
+
 def tensors(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
     """The tensors in what a model returns, each with a name."""
     if isinstance(value, Tensor):

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from seqkern.bench import recurrent_onnx
-from seqkern.bench.measure import WrongResult, results
+from seqkern.bench.measure import PeerFailed, results
 from seqkern.bench.rows import INFERENCE, RecurrentRow, Row
 from seqkern.testing import relative_rms
 
+NAME = "onnxruntime"
 WRONG = 1e-3  # relative RMS beyond which the model was built wrongly; its approximations stay below 1e-5
 ANSWER = 120  # seconds
 
@@ -55,12 +56,12 @@ def _load(row: Row, threads: int) -> tuple[float, Callable[[], object]]:
     want = results(layer, (x,), INFERENCE)
     for (name, value), got in zip(want.items(), outputs(found, layer), strict=True):
         if not relative_rms(got, value) <= WRONG:
-            raise WrongResult(f"ONNX Runtime and torch differ by {relative_rms(got, value):.2g} in {name}")
+            raise ValueError(f"ONNX Runtime and torch differ by {relative_rms(got, value):.2g} in {name}")
     return first, lambda: here.run(None, given)
 
 
 def serve(connection: Connection, threads: int) -> None:
-    """The process: a row loads it, a number of calls runs it; every answer is seconds, or an exception."""
+    """The process: a row loads it, a number of calls runs it; every answer is seconds, or a text where it failed."""
     torch.set_num_threads(1)  # torch only checks here, and must leave no threads behind
     call: Callable[[], object] = lambda: None  # noqa: E731
     while True:
@@ -77,7 +78,7 @@ def serve(connection: Connection, threads: int) -> None:
                     call()
                 seconds = time.perf_counter() - start
         except Exception as e:
-            connection.send(WrongResult(f"{type(e).__name__}: {e}"))
+            connection.send(f"{type(e).__name__}: {e}")
         else:
             connection.send(seconds)
 
@@ -93,7 +94,7 @@ class Server:
         far.close()
 
     def ask(self, what: Row | int) -> float:
-        """Raises WrongResult where the process failed to answer."""
+        """Seconds. Raises PeerFailed where the process failed or gave no answer."""
         try:
             self._connection.send(what)
             if not self._connection.poll(ANSWER):
@@ -101,12 +102,18 @@ class Server:
             answer = self._connection.recv()
         except (EOFError, OSError):
             self.close()
-            raise WrongResult("the process of ONNX Runtime ended or gave no answer") from None
-        if isinstance(answer, Exception):
-            raise answer
+            raise PeerFailed(NAME, "its process ended or gave no answer") from None
+        if isinstance(answer, str):
+            raise PeerFailed(NAME, answer)
         return answer
 
+    @property
+    def closed(self) -> bool:
+        return self._connection.closed
+
     def close(self) -> None:
+        if self.closed:
+            return
         self._connection.close()
         self._process.terminate()
         self._process.join()

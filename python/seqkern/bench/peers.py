@@ -33,7 +33,7 @@ class Peer:
         return True
 
     def prepare(self, row: Row, mode: str) -> Timed:
-        """The row ready to be timed; raises measure.WrongResult where it computes something else than torch."""
+        """The row ready to be timed; raises where it fails."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -72,7 +72,7 @@ class Compiled(Peer):
 
 
 class OnnxRuntime(Peer):
-    name, label = "onnxruntime", "ONNX Runtime"
+    name, label = onnx_peer.NAME, "ONNX Runtime"
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -89,7 +89,7 @@ class OnnxRuntime(Peer):
         return onnx_peer.serves(row, mode)
 
     def prepare(self, row: Row, mode: str) -> Timed:
-        if self._server is None:
+        if self._server is None or self._server.closed:
             self._server = onnx_peer.Server(self.threads)
         self.first_call = self._server.ask(row)
         return self._server.ask

@@ -1,6 +1,5 @@
 """``seqkern bench``: a suite's rows timed, judged, written down, drawn and shown."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from seqkern import report
+from seqkern import report, testing
 from seqkern.bench import limits, measure, plot, record, tables
 from seqkern.bench.peers import OURS, PEERS, Ours, Peer
 from seqkern.bench.record import Record, Timing
@@ -18,6 +17,7 @@ from seqkern.bench.rows import MODES, SUITES, Row
 from seqkern.explanation import explain
 
 ROWS = ("peers", "all")
+WIDTH = 100  # columns of what is written to a file
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,16 @@ def run_row(
         try:
             subjects[peer.name] = peer.prepare(row, mode)
         except Exception as e:  # a peer's failure is no reason to lose the row
-            left_out.append(f"{row.name}, {mode}: {peer.label} is left out: {type(e).__name__}: {e}")
+            left_out.append(f"{row.name}, {mode}: {peer.label} is left out: {e}")
         else:
             ran[peer.name] = peer
-    times = measure.interleaved(subjects, rounds=options.rounds, seconds=options.seconds)
+    times = None
+    while times is None:
+        try:
+            times = measure.interleaved(subjects, rounds=options.rounds, seconds=options.seconds)
+        except measure.PeerFailed as e:
+            del subjects[e.peer]
+            left_out.append(f"{row.name}, {mode}: {PEERS[e.peer].label} is left out: {e}")
     found.sample()
     over = measure.ratios(times, OURS)
     timings = {}
@@ -188,10 +194,13 @@ def main(options: Options, output: Path | None = None, console: Console | None =
     """
     options.check()
     output = report.writable(output or record.default_folder())
-    console = console or Console(width=max(100, shutil.get_terminal_size().columns))
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(WIDTH, console.width)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    path, failed = run(options, output, console)
+    with testing.without_torchs_warnings():
+        path, failed = run(options, output, console)
     for each in failed:
         console.print(Text(f"no figure for a wrong result: {each}", "bold red"))
     if path.exists():
