@@ -1,7 +1,7 @@
 """The machine's limits, measured in the run whose figures they are held against."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,11 +42,16 @@ class Limits:
 
     fma_peak: float | None = None
     bandwidth: dict[str, float] = field(default_factory=dict)
+    sets: dict[str, int] = field(default_factory=dict)  #: bytes that are read for each bandwidth
 
-    def sample(self, seconds: float = 0.05) -> None:
-        """Measures the peak once more and keeps the highest: what a busy machine shows is no limit."""
-        if (native := _library.native()) is not None:
-            self.fma_peak = max(self.fma_peak or 0.0, native.fma_peak(seconds))
+    def sample(self, seconds: float = 0.05, levels: Iterable[str] = ("L2",)) -> None:
+        """Measures once more and keeps the highest: what a busy machine shows is no limit."""
+        if (native := _library.native()) is None:
+            return
+        self.fma_peak = max(self.fma_peak or 0.0, native.fma_peak(seconds))
+        for level in self.sets.keys() & set(levels):
+            here = native.read_bandwidth(self.sets[level], seconds)
+            self.bandwidth[level] = max(self.bandwidth.get(level, 0.0), here)
 
     def share_of_peak(self, flop: float, seconds: float, dtype: str) -> float | None:
         """None for other dtypes than float32, whose peak is another one."""
@@ -61,10 +66,9 @@ class Limits:
 
 
 def measure(seconds: float = 0.2) -> Limits:
-    found = Limits()
+    native = _library.native()
+    found = Limits(sets=working_sets(caches(), native.num_threads()) if native else {})
     for _ in range(3):
-        found.sample(seconds)
-    if (native := _library.native()) is not None:
-        for level, size in working_sets(caches(), native.num_threads()).items():
-            found.bandwidth[level] = max(native.read_bandwidth(size, seconds) for _ in range(2))
+        found.sample(seconds, found.sets)
+    found.bandwidth = {level: found.bandwidth[level] for level in found.sets if level in found.bandwidth}
     return found

@@ -8,9 +8,7 @@ import torch
 
 from seqkern.bench import fresh, measure, onnx_peer
 from seqkern.bench.measure import Timed
-from seqkern.bench.rows import Row
-
-OURS = "seqkern"
+from seqkern.bench.rows import OURS, Row
 
 
 class Peer:

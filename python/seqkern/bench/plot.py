@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from seqkern.bench.peers import OURS
 from seqkern.bench.record import Record
-from seqkern.bench.rows import MODES, PEERS
+from seqkern.bench.rows import MODES, OURS, PEERS
 from seqkern.bench.tables import label, rate, subjects, times
 from seqkern.bench.targets import best_ratio
 

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 
 import seqkern
+from seqkern.bench.limits import Limits
+from seqkern.bench.rows import OURS
 from seqkern.bench.targets import Target, judge
 from seqkern.ops import _library
 
@@ -48,14 +51,15 @@ class Record:
     flop: float
     timings: dict[str, Timing]  #: by subject
     backend: str  #: which of seqkern's ran
-    share_of_peak: float | None
-    share_of_l2: float | None
-    fma_peak: float | None  #: GF/s
-    bandwidth: dict[str, float]  #: GB/s read from each level
     target: Target | None
     run: str  #: when the run began, the same for all of its records
     rounds: int
     threads: int
+    weight_bytes: float | None = None  #: that a call must read, where that is the limit
+    share_of_peak: float | None = None
+    share_of_l2: float | None = None
+    fma_peak: float | None = None  #: GF/s, the highest that the run saw
+    bandwidth: dict[str, float] = field(default_factory=dict)  #: GB/s read from each level, likewise
     machine: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     commit: str = ""  #: of the checkout, with a + where files had been changed; empty elsewhere
@@ -71,6 +75,17 @@ class Record:
     @property
     def verdict(self) -> str:
         return judge(self.target, self.ratios, self.share_of_peak)
+
+    def held_against(self, found: Limits) -> "Record":
+        """The record with a run's limits and its shares of them."""
+        own = self.timings[OURS].median
+        return dataclasses.replace(
+            self,
+            share_of_peak=found.share_of_peak(self.flop, own, self.dtype),
+            share_of_l2=found.share_of_l2(self.weight_bytes, own),
+            fma_peak=found.fma_peak,
+            bandwidth=dict(found.bandwidth),
+        )
 
     def gflops(self, subject: str) -> float | None:
         return self.flop / self.timings[subject].median / 1e9 if subject in self.timings else None
@@ -140,9 +155,11 @@ def default_folder() -> Path:
     return ROOT / "benchmarks" / "results" if in_checkout() else Path("seqkern-bench")
 
 
-def append(path: Path, record: Record) -> None:
+def append(path: Path, records: Sequence[Record]) -> None:
+    if not records:
+        return
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+        file.writelines(json.dumps(dataclasses.asdict(each)) + "\n" for each in records)
 
 
 def read(path: Path) -> list[Record]:

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from seqkern.bench.targets import Target
 from seqkern.spec import CELLS
 
+OURS = "seqkern"  # among the peers
 INFERENCE, TRAINING = MODES = ("inference", "training")
 PEERS, OTHER = GROUPS = ("peers", "other")  # the rows whose peers' figures are known, and the rest
 TRAINING_FLOP = 3  # forward, gradient of the input and of the weights: a matmul of one size each

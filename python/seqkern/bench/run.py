@@ -11,9 +11,9 @@ from rich.text import Text
 
 from seqkern import report, testing
 from seqkern.bench import limits, measure, plot, record, tables
-from seqkern.bench.peers import OURS, PEERS, Ours, Peer
+from seqkern.bench.peers import PEERS, Ours, Peer
 from seqkern.bench.record import Record, Timing
-from seqkern.bench.rows import MODES, SUITES, Row
+from seqkern.bench.rows import MODES, OURS, SUITES, Row
 from seqkern.explanation import explain
 
 ROWS = ("peers", "all")
@@ -103,16 +103,12 @@ def run_row(
         timings[name] = Timing(t.median, t.p20, t.p80, *ratio, ran[name].first_call, ran[name].peak_bytes)
     model, inputs = row.build()
     backends = explain(measure.accelerated(model), *inputs).rows
-    own = timings[OURS].median
     made = Record(
         **{"suite": row.suite, "name": row.name, "group": row.group, "mode": mode, "dtype": row.dtype},
         flop=row.flop(mode),
         timings=timings,
         backend=", ".join(sorted({each.backend for each in backends})),
-        share_of_peak=found.share_of_peak(row.flop(mode), own, row.dtype),
-        share_of_l2=found.share_of_l2(row.weight_bytes(mode), own),
-        fma_peak=found.fma_peak,
-        bandwidth=found.bandwidth,
+        weight_bytes=row.weight_bytes(mode),
         target=row.target(mode),
         rounds=len(times[OURS]),
         threads=torch.get_num_threads(),
@@ -139,6 +135,7 @@ def run(options: Options, output: Path, console: Console) -> tuple[Path, list[st
     work = [(row, mode) for row in options.wanted() for mode in options.modes]
     parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     made: list[Record] = []
+    found = limits.Limits()
     try:
         with Progress(*parts, console=console) as progress:
             bar = progress.add_task("limits of this machine", total=len(work))
@@ -152,11 +149,12 @@ def run(options: Options, output: Path, console: Console) -> tuple[Path, list[st
                 else:
                     made.append(each)
                     notes += more
-                    record.append(path, each)
                 progress.advance(bar)
-    finally:
+    finally:  # also after an interrupt: what was measured is kept
         for peer in peers:
             peer.close()
+        made = [each.held_against(found) for each in made]
+        record.append(path, made)
     for mode in options.modes:
         if any(each.mode == mode for each in made):
             console.print(tables.terminal(made, mode))

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from seqkern import report
-from seqkern.bench.peers import OURS, PEERS
+from seqkern.bench.peers import PEERS
 from seqkern.bench.record import Record
-from seqkern.bench.rows import GROUPS, MODES, TRAINING
+from seqkern.bench.rows import GROUPS, MODES, OURS, TRAINING
 from seqkern.bench.targets import best_ratio
 
 HEADINGS = {"peers": "the rows of the peers' published figures", "other": "other shapes, dtypes and cells"}
