@@ -20,6 +20,8 @@ from seqkern.bench import measure
 from seqkern.bench.rows import INFERENCE, Row
 
 ANSWER = 120  # seconds
+# The first torch.autograd.grad of a process imports the last of these: 33 MB and half a second, of no kernel's making.
+PRELOAD = ["seqkern.bench.fresh", "seqkern.nn", "seqkern.swap", "torch.fx.experimental.symbolic_shapes"]
 PROC = Path("/proc/self")
 
 
@@ -67,7 +69,7 @@ def _run(connection: Connection, row: Row, mode: str, accelerated: bool, threads
     x = torch.zeros(1, requires_grad=True)
     torch.autograd.grad(
         x * 1, x, torch.ones(1)
-    )  # imports sympy: 35 MB and most of a second, of neither's making
+    )
     with testing.without_torchs_warnings(), torch.set_grad_enabled(mode != INFERENCE):
         connection.send(_cost(call))
 
@@ -77,7 +79,7 @@ def probe(row: Row, mode: str, *, accelerated: bool, threads: int) -> tuple[floa
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return None, None
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["seqkern.bench.fresh", "seqkern.nn", "seqkern.swap"])
+    context.set_forkserver_preload(PRELOAD)
     near, far = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(far, row, mode, accelerated, threads), daemon=True)
     process.start()
