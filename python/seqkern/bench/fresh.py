@@ -67,9 +67,7 @@ def _run(connection: Connection, row: Row, mode: str, accelerated: bool, threads
     torch.set_num_threads(threads)
     call = measure.caller(model, inputs, mode)
     x = torch.zeros(1, requires_grad=True)
-    torch.autograd.grad(
-        x * 1, x, torch.ones(1)
-    )
+    torch.autograd.grad(x * 1, x, torch.ones(1))
     with testing.without_torchs_warnings(), torch.set_grad_enabled(mode != INFERENCE):
         connection.send(_cost(call))
 

@@ -149,6 +149,8 @@ def run(options: Options, output: Path, console: Console) -> tuple[Path, list[st
                 else:
                     made.append(each)
                     notes += more
+                    if not console.is_terminal:  # where no bar is seen to move
+                        console.print(Text(tables.line(each)))
                 progress.advance(bar)
     finally:  # also after an interrupt: what was measured is kept
         for peer in peers:

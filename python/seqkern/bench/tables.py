@@ -68,6 +68,12 @@ def terminal(records: Sequence[Record], mode: str):
     return report.table(title, columns, rows, range(1, len(columns) - 1), tight=True)
 
 
+def line(record: Record) -> str:
+    """A record in short, for a log."""
+    speeds = ", ".join(f"{label(name)} {rate(record.gflops(name))}" for name in subjects([record]))
+    return f"{record.name}, {record.mode}: GF/s {speeds}; best {times(best_ratio(record.ratios))}"
+
+
 def machine_line(records: Sequence[Record]) -> str:
     """Where, when and with what the records were measured; the limits are those of the last one."""
     last = max(records, key=lambda record: record.run)
