@@ -108,6 +108,7 @@ def machine() -> dict[str, Any]:
         "family": "-".join(told[key] for key in ("cpu family", "model", "stepping") if key in told),
         "cores": len(_allowed_cores()),
         "isa": native.isa() if native else "",
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # threads wanting to run
         "system": f"{platform.system()} {platform.machine()}",
     }
 

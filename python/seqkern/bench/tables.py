@@ -82,9 +82,11 @@ def machine_line(records: Sequence[Record]) -> str:
     limits = [] if last.fma_peak is None else [f"FMA peak {last.fma_peak:.0f} GF/s"]
     limits += [f"{level} {rate(value)} GB/s" for level, value in last.bandwidth.items()]
     machine = " ".join(str(last.machine[key]) for key in ("cpu", "isa"))
+    load = last.machine.get("load")
+    busy = "" if load is None else f", load {load} at the start"
     used = ", ".join(f"{name} {version}" for name, version in last.versions.items())
     return (
-        f"{machine}, {last.threads} threads, {when}; {used}. "
+        f"{machine}, {last.threads} threads, {when}{busy}; {used}. "
         f"Measured in the same run: {', '.join(limits) or 'no limits'}."
     )
 
