@@ -8,7 +8,7 @@ SANITIZED := build/sanitize/lib
 PRELOAD = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full check wheel gpu clean build native sanitize format
+.PHONY: help demo test test-full check bench wheel gpu clean build native sanitize format
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -30,6 +30,10 @@ check: native $(VENV)/dev.stamp  ## format, lint, types, structure, and the comp
 	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(BIN)/clang-format --dry-run -Werror
 	$(PYTEST) -q tests/test_structure.py
 	$(MAKE) sanitize
+
+bench: native $(VENV)/dev.stamp  ## time every row against its peers; renew the README's tables and pictures
+	$(BIN)/seqkern bench rnn
+	$(BIN)/python benchmarks/publish.py
 
 wheel: $(VENV)/dev.stamp  ## dist/*.whl for this Python
 	rm -rf build/lib build/bdist.*

@@ -1,7 +1,6 @@
-"""The command ``seqkern``: what is installed, whether it is right, and the demo."""
+"""The command ``seqkern``: what is installed, whether it is right, how fast it is, and the demo."""
 
 import platform
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 from rich.console import Console
 
 import seqkern
-from seqkern import report
+from seqkern import report, testing
 from seqkern.ops import _backend, _library
 
 app = typer.Typer(
@@ -54,10 +53,7 @@ def verify() -> None:
         torch.manual_seed(0)
         model = getattr(torch.nn, name)(40, 64, **options)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", "LSTM with projections is not supported with oneDNN"
-                )  # torch's
+            with testing.without_torchs_warnings():
                 result, verdict = seqkern.verify(model, torch.randn(30, 8, 40)), True
         except seqkern.VerificationError as e:
             result, verdict = e.result, False
@@ -86,4 +82,32 @@ def demo(
         raise typer.Exit(main(cell, steps=steps, output=output, text=text))
     except ValueError as e:
         typer.echo(f"seqkern demo: {e}", err=True)
+        raise typer.Exit(2) from e
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(help="rnn")] = "rnn",
+    only: Annotated[str, typer.Option("--filter", help="rows whose name has this text in it")] = "",
+    mode: Annotated[str, typer.Option(help="inference, training or both")] = "both",
+    rows: Annotated[str, typer.Option(help="peers (those with known figures) or all")] = "peers",
+    rounds: Annotated[int, typer.Option(help="turns of each peer in a row")] = 11,
+    seconds_per_row: Annotated[float, typer.Option(help="seconds of timing for each row and mode")] = 4.0,
+    output: Annotated[Path | None, typer.Option(help="folder of results and picture")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="threads of every peer; torch's number if not given")
+    ] = None,
+    peers: Annotated[str, typer.Option(help="a list with commas, or all")] = "all",
+    no_peers: Annotated[bool, typer.Option("--no-peers", help="time seqkern alone")] = False,
+) -> None:
+    """Times a suite against every peer found here; writes JSON lines and a picture."""
+    from seqkern.bench.peers import PEERS
+    from seqkern.bench.run import Options, main
+
+    names = () if no_peers else tuple(PEERS) if peers == "all" else tuple(peers.split(","))
+    options = Options(suite, rows, only, mode, rounds, seconds_per_row, threads, names)
+    try:
+        raise typer.Exit(main(options, output))
+    except ValueError as e:
+        typer.echo(f"seqkern bench: {e}", err=True)
         raise typer.Exit(2) from e

@@ -1,6 +1,5 @@
 """Trains a character language model twice from one seed, on torch and accelerated, and shows both side by side."""
 
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,17 +57,6 @@ def smooth(values: list[float]) -> list[float]:
     return found
 
 
-def writable(folder: Path) -> Path:
-    """The folder, made where it is missing; raises ValueError where a picture could not be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as e:
-        raise ValueError(f"cannot write into the output folder {folder}: {e.strerror}") from e
-    return folder
-
-
 def train(
     cell: str,
     corpus: Corpus,
@@ -116,25 +104,26 @@ def train(
 
 
 def table(results: list[Result]):
-    columns = ["cell", "backend", "torch s", "seqkern s", "ratio", "loss torch", "loss seqkern"]
-    columns += ["largest gap", "held out torch / seqkern", "writing s torch / seqkern"]
-    rows = [
-        (
-            each.cell,
-            each.backend,
-            f"{each.torch.seconds[-1]:.1f}",
-            f"{each.seqkern.seconds[-1]:.1f}",
-            f"{each.ratio:.2f}x",
-            f"{smooth(each.torch.losses)[-1]:.4f}",
-            f"{smooth(each.seqkern.losses)[-1]:.4f}",
-            f"{each.largest_gap:.1e}",
-            f"{each.held_out[0]:.3f} / {each.held_out[1]:.3f}",
-            f"{each.writing[0]:.2f} / {each.writing[1]:.2f}",
-        )
-        for each in results
-    ]
+    """A column for each cell, a line for each figure."""
+    lines: dict[str, Callable[[Result], str]] = {
+        "backend": lambda each: each.backend,
+        "training, torch": lambda each: f"{each.torch.seconds[-1]:.1f} s",
+        "training, seqkern": lambda each: f"{each.seqkern.seconds[-1]:.1f} s",
+        "ratio": lambda each: f"{each.ratio:.2f}x",
+        "loss, torch": lambda each: f"{smooth(each.torch.losses)[-1]:.4f}",
+        "loss, seqkern": lambda each: f"{smooth(each.seqkern.losses)[-1]:.4f}",
+        "largest gap of a step": lambda each: f"{each.largest_gap:.1e}",
+        "held-out loss, torch": lambda each: f"{each.held_out[0]:.3f}",
+        "held-out loss, seqkern": lambda each: f"{each.held_out[1]:.3f}",
+        "writing, torch": lambda each: f"{each.writing[0]:.2f} s",
+        "writing, seqkern": lambda each: f"{each.writing[1]:.2f} s",
+    }
+    rows = [(name, *map(show, results)) for name, show in lines.items()]
     steps = min(len(each.torch.losses) for each in results)
-    return report.table(f"{steps} steps of training, same seed, same text", columns, rows, range(2, 10))
+    columns = ["", *(each.cell for each in results)]
+    return report.table(
+        f"{steps} steps of training, same seed, same text", columns, rows, range(1, len(columns))
+    )
 
 
 def draw(results: list[Result], path: Path) -> None:
@@ -195,7 +184,7 @@ def main(
         raise ValueError(f"cell is {cell!r}, expected one of {', '.join(charmodel.CELLS)}, all")
     if steps < 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
-    output = writable(Path(output))
+    output = report.writable(Path(output))
     corpus = Corpus(charmodel.read_text(text))
     console = console or Console()
     cells = list(charmodel.CELLS) if cell == "all" else [cell]

@@ -1,19 +1,43 @@
-"""Tables for the terminal, shared by the command line's parts."""
+"""Tables for the terminal and folders for what is written, shared by the command line's parts."""
 
+import tempfile
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 
+def writable(folder: Path) -> Path:
+    """The folder, made where it is missing; raises ValueError where nothing could be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise ValueError(f"cannot write into the output folder {folder}: {e.strerror}") from e
+    return folder
+
+
 def table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[int] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    right: Iterable[int] = (),
+    *,
+    tight: bool = False,
 ) -> Table:
-    """A table of plain texts; the columns numbered in ``right`` (from 0) hold figures and are aligned so."""
+    """A table of plain texts; the columns numbered in ``right`` (from 0) hold figures and are aligned so.
+
+    ``tight`` leaves the frame away, for many columns.
+    """
     found = Table(title=title or None, title_justify="left")
+    if tight:
+        found.box, found.padding, found.pad_edge = box.SIMPLE_HEAD, (0, 1, 0, 0), False
     for i, column in enumerate(columns):
         found.add_column(column, justify="right" if i in set(right) else "left", overflow="fold")
     for row in rows:

@@ -4,7 +4,9 @@ The rule for every op, dtype and shape: the relative root-mean-square error agai
 own error on the same inputs plus four units of rounding of the dtype.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +18,14 @@ from seqkern.spec import CELLS
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FORMS = ("dense", "packed", "step")
 Tensors = tuple[Tensor | None, ...]
+
+
+@contextmanager
+def without_torchs_warnings() -> Iterator[None]:
+    """Keeps to itself what torch's own layers warn of on shapes that they serve slowly."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
+        yield
 
 
 def tolerance(dtype: torch.dtype, torch_error: float, layers: int = 1) -> float:

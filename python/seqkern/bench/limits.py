@@ -1,0 +1,74 @@
+"""The machine's limits, measured in the run whose figures they are held against."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from seqkern.ops import _library
+
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+MEMORY = 512 << 20  # bytes, beyond any last-level cache that one process has to itself
+
+
+def caches(room: Path = CACHES) -> dict[int, int]:
+    """Bytes of the data caches that one core sees, by level; empty where the system does not tell."""
+    found = {}
+    for index in sorted(room.glob("index*")):
+        try:
+            kind = (index / "type").read_text().strip()
+            size = re.fullmatch(r"(\d+)([KM])", (index / "size").read_text().strip())
+            level = int((index / "level").read_text())
+        except (OSError, ValueError):
+            continue
+        if size and kind != "Instruction":
+            found[level] = int(size[1]) << (10 if size[2] == "K" else 20)
+    return found
+
+
+def working_sets(sizes: Mapping[int, int], threads: int) -> dict[str, int]:
+    """For each level the bytes that all threads together read: half of it, and more than the level before holds."""
+    found = {}
+    if 2 in sizes:
+        found["L2"] = threads * sizes[2] // 2
+    if 3 in sizes and sizes[3] // 2 > 2 * threads * sizes.get(2, 0):
+        found["L3"] = sizes[3] // 2
+    return found | {"memory": max(MEMORY, 4 * sizes.get(3, 0)) if sizes.get(3, 0) <= MEMORY // 2 else MEMORY}
+
+
+@dataclass
+class Limits:
+    """GFLOP/s of float32 multiply-adds and GB/s read; empty without compiled kernels, whose probes these are."""
+
+    fma_peak: float | None = None
+    bandwidth: dict[str, float] = field(default_factory=dict)
+    sets: dict[str, int] = field(default_factory=dict)  #: bytes that are read for each bandwidth
+
+    def sample(self, seconds: float = 0.05, levels: Iterable[str] = ("L2",)) -> None:
+        """Measures once more and keeps the highest: what a busy machine shows is no limit."""
+        if (native := _library.native()) is None:
+            return
+        self.fma_peak = max(self.fma_peak or 0.0, native.fma_peak(seconds))
+        for level in self.sets.keys() & set(levels):
+            here = native.read_bandwidth(self.sets[level], seconds)
+            self.bandwidth[level] = max(self.bandwidth.get(level, 0.0), here)
+
+    def share_of_peak(self, flop: float, seconds: float, dtype: str) -> float | None:
+        """None for other dtypes than float32, whose peak is another one."""
+        if self.fma_peak is None or dtype != "float32":
+            return None
+        return flop / seconds / 1e9 / self.fma_peak
+
+    def share_of_l2(self, size: float | None, seconds: float) -> float | None:
+        if size is None or "L2" not in self.bandwidth:
+            return None
+        return size / seconds / 1e9 / self.bandwidth["L2"]
+
+
+def measure(seconds: float = 0.2) -> Limits:
+    native = _library.native()
+    found = Limits(sets=working_sets(caches(), native.num_threads()) if native else {})
+    for _ in range(3):
+        found.sample(seconds, found.sets)
+    found.bandwidth = {level: found.bandwidth[level] for level in found.sets if level in found.bandwidth}
+    return found

@@ -1,0 +1,193 @@
+"""What a figure rests on: the gate that a kernel passes first, and timings taken in turns."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from seqkern import testing
+from seqkern.bench.rows import INFERENCE, Row
+
+Timed = Callable[[int], float]  #: seconds that so many calls take
+MIN_ROUNDS = 5  # also where a row's time is up before
+SETTLE = 0.005  # seconds before a turn, in which the last one's thread pool stops spinning
+LONG = 0.05  # seconds of a call from which on a turn needs no call to warm up
+
+
+class WrongResult(Exception):
+    """A kernel failed the gate; the message says which tensor and by how much."""
+
+
+class PeerFailed(Exception):
+    """A peer, named first, computed something else than torch or broke down; the message says how."""
+
+    def __init__(self, peer: str, message: str):
+        super().__init__(message)
+        self.peer = peer
+
+
+def tensors(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in what a model returns, each with a name."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, PackedSequence):
+        yield name, value.data
+    else:
+        for i, each in enumerate(value):
+            yield from tensors(each, f"{name}[{i}]")
+
+
+def leaf(value: Any) -> tuple[Any, Tensor]:
+    """A model's input with its floats as a leaf that asks for a gradient, and this leaf."""
+    data = value.data if isinstance(value, PackedSequence) else value
+    found = data.detach().clone().requires_grad_()
+    return (value._replace(data=found) if isinstance(value, PackedSequence) else found), found
+
+
+def caller(model: nn.Module, inputs: tuple[Any, ...], mode: str) -> Callable[[], dict[str, Tensor]]:
+    """One call of a workload: a forward, or a forward with the gradients of inputs and parameters.
+
+    The gradient that is sent back is one of the model's first output, as of a layer whose final state is not used.
+    """
+    if mode == INFERENCE:
+        model.eval()
+
+        def forward() -> dict[str, Tensor]:
+            return dict(tensors(model(*inputs)))
+
+        return forward
+    model.train()
+    given, leaves = zip(*map(leaf, inputs), strict=True)
+    names = [f"d input{i}" for i in range(len(leaves))] + [
+        f"d {name}" for name, _ in model.named_parameters()
+    ]
+    wanted = [*leaves, *model.parameters()]
+    sent: list[Tensor] = []
+
+    def step() -> dict[str, Tensor]:
+        found = dict(tensors(model(*given)))
+        first = next(iter(found.values()))
+        if not sent:
+            draw = torch.Generator().manual_seed(1)
+            sent.append(torch.randn(first.shape, generator=draw, dtype=torch.float64).to(first.dtype))
+        grads = torch.autograd.grad(first, wanted, sent[0])
+        return found | dict(zip(names, grads, strict=True))
+
+    return step
+
+
+def timed(call: Callable[[], Any], mode: str, clock: Callable[[], float] = time.perf_counter) -> Timed:
+    def run(calls: int) -> float:
+        with torch.set_grad_enabled(mode != INFERENCE):
+            start = clock()
+            for _ in range(calls):
+                call()
+            return clock() - start
+
+    return run
+
+
+def results(model: nn.Module, inputs: tuple[Any, ...], mode: str) -> dict[str, Tensor]:
+    with torch.set_grad_enabled(mode != INFERENCE):
+        return {name: t.detach() for name, t in caller(model, inputs, mode)().items()}
+
+
+def reference(row: Row, mode: str) -> dict[str, Tensor]:
+    """The workload's outputs, and in training its gradients, by torch in float64."""
+    model, inputs = row.build()
+    wide = tuple(
+        i._replace(data=i.data.double()) if isinstance(i, PackedSequence) else i.double() for i in inputs
+    )
+    return results(model.double(), wide, mode)
+
+
+def gate(row: Row, mode: str, ours: nn.Module, want: Mapping[str, Tensor] | None = None) -> None:
+    """Raises WrongResult unless every tensor of ``ours`` is as near to float64 as `testing.tolerance` asks."""
+    model, inputs = row.build()
+    want = want if want is not None else reference(row, mode)
+    theirs = results(model, inputs, mode)
+    testing.poison(*theirs.values())
+    got = results(ours, inputs, mode)
+    for name, value in theirs.items():
+        if got[name].shape != value.shape:
+            raise WrongResult(
+                f"{row.name}, {mode}: {name} is {tuple(got[name].shape)}, not {tuple(value.shape)}"
+            )
+        error = testing.relative_rms(got[name], want[name])
+        allowed = testing.tolerance(value.dtype, testing.relative_rms(value, want[name]), row.depth())
+        if not error <= allowed:  # NaN fails
+            at = testing.worst(got[name], want[name])
+            raise WrongResult(
+                f"{row.name}, {mode}: {name} is off by {error:.2g}, allowed {allowed:.2g}; worst {at}"
+            )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of a call, or a ratio of them, over the rounds."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def spread(values: list[float]) -> Spread:
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    cuts = statistics.quantiles(values, n=5, method="inclusive")
+    return Spread(statistics.median(values), cuts[0], cuts[3])
+
+
+def interleaved(
+    subjects: Mapping[str, Timed],
+    *,
+    rounds: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, list[float]]:
+    """Seconds per call of each subject, one figure a round, taken in turns so that a noisy machine slows all alike.
+
+    The turns of a round come in the order of the last round reversed. A row that has used up its ``seconds`` ends
+    early, after `MIN_ROUNDS` at the soonest.
+    """
+    until = clock() + seconds
+    calls, warm = {}, {}
+    for name, run in subjects.items():
+        run(1)
+        once = min(run(1), run(1))
+        calls[name] = max(1, round(seconds / (rounds * len(subjects) * max(once, 1e-7))))
+        warm[name] = once < LONG
+    order = list(subjects)
+    found: dict[str, list[float]] = {name: [] for name in subjects}
+    for done in range(rounds):
+        if done >= MIN_ROUNDS and clock() > until:
+            break
+        for name in order:
+            sleep(SETTLE)
+            if warm[name]:
+                subjects[name](1)
+            found[name].append(subjects[name](calls[name]) / calls[name])
+        order.reverse()
+    return found
+
+
+def ratios(times: Mapping[str, list[float]], ours: str) -> dict[str, Spread]:
+    """For each peer the spread over rounds of its seconds over ours in the same round."""
+    return {
+        name: spread([theirs / own for theirs, own in zip(each, times[ours], strict=True)])
+        for name, each in times.items()
+        if name != ours
+    }
+
+
+def accelerated(model: nn.Module) -> nn.Module:
+    from seqkern.swap import accelerate
+
+    return accelerate(copy.deepcopy(model))

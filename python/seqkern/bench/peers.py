@@ -1,0 +1,114 @@
+"""What seqkern is timed against. A new peer is a class here and its name in `PEERS`."""
+
+import importlib.util
+import shutil
+from typing import ClassVar
+
+import torch
+
+from seqkern.bench import fresh, measure, onnx_peer
+from seqkern.bench.measure import Timed
+from seqkern.bench.rows import OURS, Row
+
+
+class Peer:
+    """Runs rows. ``first_call`` and ``peak_bytes`` of the last row that it prepared are None where unknown."""
+
+    name: ClassVar[str]
+    label: ClassVar[str]  #: in tables and pictures
+    first_call: float | None = None
+    peak_bytes: int | None = None
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    @classmethod
+    def missing(cls) -> str:
+        """Why it cannot run on this machine, and the remedy; empty if it can."""
+        return ""
+
+    def serves(self, row: Row, mode: str) -> bool:
+        return True
+
+    def prepare(self, row: Row, mode: str) -> Timed:
+        """The row ready to be timed; raises where it fails."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+class Torch(Peer):
+    name = label = "torch"
+
+    def prepare(self, row: Row, mode: str) -> Timed:
+        self.first_call, self.peak_bytes = fresh.probe(row, mode, accelerated=False, threads=self.threads)
+        return measure.timed(measure.caller(*row.build(), mode), mode)
+
+
+class Compiled(Peer):
+    """``torch.compile(model)`` as a user calls it. Dynamo refuses torch.nn.{RNN, LSTM, GRU} and breaks the graph
+    there, so for those it is torch's kernel again; the cell modules it compiles."""
+
+    name, label = "compile", "torch.compile"
+
+    @classmethod
+    def missing(cls) -> str:
+        if shutil.which("g++") or shutil.which("clang++"):
+            return ""
+        return "torch.compile is left out: it needs a C++ compiler, such as g++"
+
+    def prepare(self, row: Row, mode: str) -> Timed:
+        torch._dynamo.reset()
+        model, inputs = row.build()
+        run = measure.timed(measure.caller(torch.compile(model), inputs, mode), mode)  # type: ignore[arg-type]
+        self.first_call = run(1)
+        return run
+
+    def close(self) -> None:
+        torch._dynamo.reset()
+
+
+class OnnxRuntime(Peer):
+    name, label = onnx_peer.NAME, "ONNX Runtime"
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self._server: onnx_peer.Server | None = None
+
+    @classmethod
+    def missing(cls) -> str:
+        absent = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+        if not absent:
+            return ""
+        return f"ONNX Runtime is left out: no {' and no '.join(absent)} here; pip install 'seqkern[bench]'"
+
+    def serves(self, row: Row, mode: str) -> bool:
+        return onnx_peer.serves(row, mode)
+
+    def prepare(self, row: Row, mode: str) -> Timed:
+        if self._server is None or self._server.closed:
+            self._server = onnx_peer.Server(self.threads)
+        self.first_call = self._server.ask(row)
+        return self._server.ask
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+
+class Ours(Peer):
+    """Not a peer, but timed as one: the accelerated model, past the gate."""
+
+    name = label = OURS
+
+    def prepare(self, row: Row, mode: str) -> Timed:
+        model, inputs = row.build()
+        model = measure.accelerated(model)
+        measure.gate(row, mode, model)
+        self.first_call, self.peak_bytes = fresh.probe(row, mode, accelerated=True, threads=self.threads)
+        return measure.timed(measure.caller(model, inputs, mode), mode)
+
+
+PEERS: dict[str, type[Peer]] = {each.name: each for each in (Torch, Compiled, OnnxRuntime)}

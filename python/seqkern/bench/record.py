@@ -1,0 +1,190 @@
+"""Results as lines of JSON: one for each row and mode of a run, appended to a file for each suite and machine."""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import seqkern
+from seqkern.bench.limits import Limits
+from seqkern.bench.rows import OURS
+from seqkern.bench.targets import Target, judge
+from seqkern.ops import _library
+
+ROOT = Path(seqkern.__file__).resolve().parents[2]  # of the checkout, where the package runs from one
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One subject of a row: seconds of a call, and the ratio of them to seqkern's (None for seqkern itself)."""
+
+    median: float
+    p20: float
+    p80: float
+    ratio: float | None = None
+    ratio_p20: float | None = None
+    ratio_p80: float | None = None
+    first_call: float | None = None  #: seconds
+    peak_bytes: int | None = None  #: of a call, beyond inputs and weights
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row in one mode."""
+
+    suite: str
+    name: str
+    group: str
+    mode: str
+    dtype: str
+    flop: float
+    timings: dict[str, Timing]  #: by subject
+    backend: str  #: which of seqkern's ran
+    target: Target | None
+    run: str  #: when the run began, the same for all of its records
+    rounds: int
+    threads: int
+    weight_bytes: float | None = None  #: that a call must read, where that is the limit
+    share_of_peak: float | None = None
+    share_of_l2: float | None = None
+    fma_peak: float | None = None  #: GF/s, the highest that the run saw
+    bandwidth: dict[str, float] = field(default_factory=dict)  #: GB/s read from each level, likewise
+    machine: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str = ""  #: of the checkout, with a + where files had been changed; empty elsewhere
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.name, self.mode
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        return {name: each.ratio for name, each in self.timings.items() if each.ratio is not None}
+
+    @property
+    def verdict(self) -> str:
+        return judge(self.target, self.ratios, self.share_of_peak)
+
+    def held_against(self, found: Limits) -> "Record":
+        """The record with a run's limits and its shares of them."""
+        own = self.timings[OURS].median
+        return dataclasses.replace(
+            self,
+            share_of_peak=found.share_of_peak(self.flop, own, self.dtype),
+            share_of_l2=found.share_of_l2(self.weight_bytes, own),
+            fma_peak=found.fma_peak,
+            bandwidth=dict(found.bandwidth),
+        )
+
+    def gflops(self, subject: str) -> float | None:
+        return self.flop / self.timings[subject].median / 1e9 if subject in self.timings else None
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def machine() -> dict[str, Any]:
+    """The processor and what is used of it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    told = dict(re.findall(r"^(model name|cpu family|model|stepping)\s*: (.*)$", text, re.MULTILINE))
+    native = _library.native()
+    return {
+        "cpu": told.get("model name", platform.processor() or platform.machine()),
+        "family": "-".join(told[key] for key in ("cpu family", "model", "stepping") if key in told),
+        "cores": len(_allowed_cores()),
+        "isa": native.isa() if native else "",
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # threads wanting to run
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _allowed_cores() -> list[int]:
+    return (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
+
+
+def kind(machine: dict[str, Any]) -> str:
+    """A name of the kind of machine for a file."""
+    words = f"{machine['cpu']} {machine['family']} {machine['cores']}c {machine['isa']}".lower()
+    return "-".join(re.findall(r"[a-z0-9]+", re.sub(r"\((r|tm)\)", "", words)))
+
+
+def versions() -> dict[str, str]:
+    found = {"seqkern": seqkern.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["onnxruntime"] = importlib.metadata.version("onnxruntime")
+    return found
+
+
+def commit(root: Path = ROOT) -> str:
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    if not (root / ".git").exists():
+        return ""
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except OSError:  # no git
+        return ""
+
+
+def in_checkout(root: Path = ROOT) -> bool:
+    return (root / "pyproject.toml").is_file() and (root / "benchmarks").is_dir()
+
+
+def default_folder() -> Path:
+    return ROOT / "benchmarks" / "results" if in_checkout() else Path("seqkern-bench")
+
+
+def append(path: Path, records: Sequence[Record]) -> None:
+    if not records:
+        return
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(dataclasses.asdict(each)) + "\n" for each in records)
+
+
+def read(path: Path) -> list[Record]:
+    """Every record of a file, in order. Raises ValueError where a line is none."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            told = json.loads(line)
+            told["timings"] = {name: Timing(**each) for name, each in told["timings"].items()}
+            told["target"] = told["target"] and Target(**told["target"])
+            found.append(Record(**told))
+        except (ValueError, TypeError, KeyError) as e:
+            raise ValueError(f"{path}, line {number} is not a result: {e}") from e
+    return found
+
+
+def latest(records: list[Record]) -> list[Record]:
+    """The last record of each row and mode, in the order in which they first came."""
+    return list({record.key: record for record in records}.values())
+
+
+def newest(folder: Path, suite: str) -> Path | None:
+    """The suite's file whose last run is the newest."""
+    found = [
+        (read(path)[-1].run, path) for path in sorted(folder.glob(f"{suite}-*.jsonl")) if path.stat().st_size
+    ]
+    return max(found)[1] if found else None
