@@ -8,6 +8,9 @@ import ctypes
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -123,15 +126,16 @@ def sequence_candidates(arch: int, p: Problem) -> list[Config]:
     """The configurations that fit, the likely best first."""
     here = limits(arch)
     h, k = power(p.H, 16), power(p.P, 16)
-    # One warp group up to 64 units, whose tiles of 16 sequences it holds without spilling; two beyond.
-    warps = 4 if h <= 64 and p.tensor_cores else 8
-    # Rows that are not aligned cost addresses, in registers; tcgen05 of sm_100 needs the most beside them.
+    # Rows that are not aligned cost addresses, in registers: beyond 64 units the backward spills with 16 sequences, and
+    # beside tcgen05 (sm_100) the forward too.
     aligned = p.H % 16 == 0 and p.P % 16 == 0
-    widths = [16, 32, 64] if aligned or warps * 16 >= h else [8]
-    if arch >= 100 and not aligned and h > 64:
-        widths = [8]
+    narrow = not aligned and h > 64 and (p.kernel == "sequence_backward" or arch >= 100)
+    # 16 sequences are the least that wgmma takes; without tensor cores more would spill.
+    widths = (8,) if narrow else (16, 32, 64) if p.tensor_cores else (16,)
     found = []
     for width in widths:
+        # One warp group holds a tile of 1024 numbers of each gate, and its aligned addresses, without spilling.
+        warps = 4 if h * width <= 1024 and aligned and p.tensor_cores else 8
         for stages in (3, 2, 1) if p.kernel == "sequence_backward" else (1,):
             c = Config(width, h, k, warps, stages)
             if shared_bytes(p, c) <= here.shared and registers(p, c) <= REGISTERS:
@@ -162,16 +166,35 @@ def step_candidates(arch: int, p: Problem) -> list[Config]:
     return busy + [c for c in found[::-1] if c not in busy]
 
 
+class _Force(NamedTuple):
+    configs: dict[str, Config]
+    steps: bool
+
+
+_force: ContextVar[_Force] = ContextVar("seqkern_tuning", default=_Force({}, False))  # noqa: B039
+
+
+@contextmanager
+def forced(configs: dict[str, Config], steps: bool = False) -> Iterator[None]:
+    """Puts configurations, by `Problem.key`, before all others in the block; with ``steps``, no sequence fits."""
+    token = _force.set(_Force(configs, steps))
+    try:
+        yield
+    finally:
+        _force.reset(token)
+
+
 def choose(arch: int, p: Problem) -> Config | None:
     """The configuration of a call; None where a sequence does not fit on chip."""
-    found = measured().get(p.key)
+    force = _force.get()
+    whole = p.kernel.startswith("sequence")
+    if whole and force.steps:
+        return None
+    found = force.configs.get(p.key) or measured().get(p.key)
     if found is not None:
         return found
-    candidates = (sequence_candidates if p.kernel.startswith("sequence") else step_candidates)(arch, p)
+    candidates = (sequence_candidates if whole else step_candidates)(arch, p)
     return candidates[0] if candidates else None
-
-
-# -- what was measured on this machine ---------------------------------------------------------------------------------
 
 
 def cache_file() -> Path:
