@@ -3,6 +3,7 @@
 With TRITON_INTERPRET=1 the same launchers also serve CPU tensors where the backend ``triton`` is forced.
 """
 
+import warnings
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -37,4 +38,6 @@ def serve(library: torch.library.Library, op: str, module: str, function: str) -
             return launch(*arguments)
         return compiled.call_boxed(keys, *arguments)
 
-    library.impl(op, interpret, "CPU", with_keyset=True, allow_override=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch's, of what is meant here
+        library.impl(op, interpret, "CPU", with_keyset=True, allow_override=True)
