@@ -73,7 +73,8 @@ def _one_step(layer: Layer, input: Tensor, hx: Tensor, cx: Tensor | None, reserv
     B, H, cell = layer.rows.B, layer.H, layer.cell
     config = layer.config("step_forward")
     assert config is not None
-    w_ih, w_hh, b_ih, b_hh, w_hr = layer.weights[0]
+    w_ih, w_hh, b_ih, b_hh, w_hr = (None if w is None else w.contiguous() for w in layer.weights[0])
+    assert w_ih is not None and w_hh is not None
     hx = hx.contiguous()
     h = layer.empty(B, H)
     c_n = layer.empty(0) if cx is None else layer.empty(B, H)
@@ -82,9 +83,9 @@ def _one_step(layer: Layer, input: Tensor, hx: Tensor, cx: Tensor | None, reserv
         config,
         0,
         x=input.contiguous(),
-        wih=w_ih.contiguous(),
+        wih=w_ih,
         bih=b_ih,
-        w=w_hh.contiguous(),
+        w=w_hh,
         b=b_hh,
         h=hx,
         c=hx if cell.APART else None if cx is None else cx.contiguous(),

@@ -102,7 +102,7 @@ def weight_bytes(p: Problem) -> int:
 def shared_bytes(p: Problem, c: Config) -> int:
     """An upper bound of the shared memory of a sequence kernel, held to the compilers' figures by a test."""
     tile = c.BLOCK_H * c.BLOCK_B
-    exchange = 2 * max(tile, c.BLOCK_K * c.BLOCK_B) * 4  # two tiles in float32 between layouts
+    exchange = (2 if p.tensor_cores else 4) * max(tile, c.BLOCK_K * c.BLOCK_B) * 4  # float32 between layouts
     staged = 0
     if (
         p.kernel == "sequence_backward"

@@ -27,6 +27,9 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:RNN module weights are not part of single contiguous chunk"
     ),  # cuDNN's
+    pytest.mark.filterwarnings(
+        "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"
+    ),  # Triton's
     # Infinity in a tile is what some of the tests are about.
     pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"),
 ]
@@ -38,7 +41,7 @@ FORMS = [("dense", False), ("dense", True), ("packed", False), ("packed", True),
 WAYS = [(*form, steps) for form in FORMS for steps in ((False, True) if form[0] != "step" else (True,))]
 
 # T, B, I, H: single elements, odd sizes, a batch of one, more than a tile of sequences, more than a tile of units.
-SHAPES = [(1, 1, 1, 1), (5, 3, 4, 7), (5, 1, 17, 33), (1, 17, 3, 33), (3, 35, 9, 65), (2, 2, 64, 130)]
+SHAPES = [(1, 1, 1, 1), (5, 3, 4, 7), (3, 1, 17, 33), (1, 17, 3, 33), (2, 35, 9, 65), (2, 2, 64, 130)]
 
 
 def dtype_name(dtype):
@@ -64,10 +67,13 @@ def on_triton(monkeypatch):
         yield
 
 
-@pytest.fixture(params=[False, True], ids=["sequence", "steps"])
-def way(request):
-    with tuning.forced({}, steps=request.param):
-        yield
+@pytest.fixture(
+    params=[(f, s) for f, d, s in WAYS if not d], ids=lambda p: f"{p[0]}-{'steps' if p[1] else 'sequence'}"
+)
+def form(request):
+    """Each form, on each way that it can take."""
+    with tuning.forced({}, steps=request.param[1]):
+        yield request.param[0]
 
 
 def check(cell, form, bidirectional, steps, dtype, shape, bias=True, proj=0):
@@ -90,7 +96,7 @@ def test_op_meets_oracle(cell, dtype, form, bidirectional, steps):
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[3] > 1], ids=lambda s: "x".join(map(str, s)))
 def test_op_meets_oracle_in_odd_sizes(cell, shape, steps):
-    check(cell, "packed", True, steps, torch.float32, shape)
+    check(cell, "packed", shape[3] < 40, steps, torch.float32, shape)
 
 
 @pytest.mark.parametrize(("form", "bidirectional", "steps"), WAYS)
@@ -142,7 +148,7 @@ def test_any_shape(cell, way, dtype, T, B, I, H, bias, project):
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_any_width_of_tile(cell, width):
     """Configurations that another architecture, or a measurement, would choose."""
-    case = make(cell, "packed", B=19, H=20, T=3, bidirectional=True)
+    case = make(cell, "packed", B=19, H=20, T=2)
     layer = Layer(case.tensors[0], case.tensors[1], case.tensors[4:], cell)
     for kernel, depth in (("sequence_", 32), ("step_", 16)):
         units = 32 if kernel == "sequence_" else 16
@@ -165,10 +171,9 @@ def test_op_skips_what_is_not_needed_and_repeats_itself(cell, form, bidirectiona
             assert part[name].shape == (0,) if skipped else torch.equal(part[name], want), name
 
 
-@pytest.mark.parametrize(("form", "bidirectional"), FORMS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_op_keeps_nothing_unless_told(way, cell, form, bidirectional):
-    case = make(cell, form, T=2, bidirectional=bidirectional)
+def test_op_keeps_nothing_unless_told(form, cell):
+    case = make(cell, form, T=2)
     saved = torch.ops.seqkern.rnn_forward(*case.tensors, cell, True)
     lean = torch.ops.seqkern.rnn_forward(*case.tensors, cell, False)
     assert all(torch.equal(a, b) for a, b in zip(saved[:3], lean[:3], strict=True))
@@ -204,16 +209,15 @@ def strided(case, how):
 
 
 @pytest.mark.parametrize("how", ["transposed", "gapped", "offset"])
-@pytest.mark.parametrize("form", ["dense", "packed", "step"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_op_takes_any_strides(way, cell, form, how):
+def test_op_takes_any_strides(form, cell, how):
     case = make(cell, form, T=2, B=4, H=9, bidirectional=form != "step", proj=4 if cell == "lstm" else 0)
     check_op(strided(case, how), what=how)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_op_takes_expanded_gradients(way, cell):
-    case = make(cell, T=2)
+def test_op_takes_expanded_gradients(form, cell):
+    case = make(cell, form, T=2)
     grads = tuple(None if g is None else g.new_ones(()).expand(g.shape) for g in case.grads)
     check_op(Case(cell, case.tensors, grads))
 
@@ -229,9 +233,8 @@ def test_op_empty_batch(cell, form):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("form", ["dense", "packed", "step"])
-def test_op_nonfinite_as_torch(way, cell, form, value):
-    case = make(cell, form, T=3, B=5, H=9)
+def test_op_nonfinite_as_torch(form, cell, value):
+    case = make(cell, form, T=2, B=5, H=9)
     input = case.tensors[0].clone()
     input[(1,) * (input.dim() - 1)] = value
     tensors = (input, *case.tensors[1:])
@@ -358,17 +361,18 @@ def test_declines_autocast():
         cell(torch.zeros(2, 3, device=DEVICE))
 
 
-def test_step_launches_once_and_sequence_once(way, monkeypatch):
+@pytest.mark.parametrize("steps", [False, True])
+def test_step_launches_once_and_sequence_once(steps, monkeypatch):
     counted = []
     real = rnn.launch
     monkeypatch.setattr(
         rnn, "launch", lambda kernel, *rest: (counted.append(kernel.__name__), real(kernel, *rest))
     )
     T = 3
-    with torch.no_grad():
+    with torch.no_grad(), tuning.forced({}, steps=steps):
         seqkern.nn.LSTM(3, 4, bidirectional=True).to(DEVICE)(torch.zeros(T, 1, 3, device=DEVICE))
         seqkern.nn.LSTMCell(3, 4).to(DEVICE)(torch.zeros(1, 3, device=DEVICE))
-    assert counted in (["sequence_forward", "step_forward"], ["step_forward"] * (T + 1))
+    assert counted == (["step_forward"] * T if steps else ["sequence_forward"]) + ["step_forward"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

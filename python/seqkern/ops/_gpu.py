@@ -39,5 +39,7 @@ def serve(library: torch.library.Library, op: str, module: str, function: str) -
         return compiled.call_boxed(keys, *arguments)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch's, of what is meant here
+        warnings.filterwarnings(
+            "ignore", "Warning only once for all operators"
+        )  # torch's, of what is meant here
         library.impl(op, interpret, "CPU", with_keyset=True, allow_override=True)
