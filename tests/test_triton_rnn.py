@@ -262,8 +262,9 @@ def test_functions_over_the_whole_range(ours, theirs):
     y = torch.empty_like(x)
     apply[(1,)](x, y, ours, 4096)
     want = theirs(x.double())
-    # Below 1e-37 a denormal may be flushed.
-    torch.testing.assert_close(y.double(), want, rtol=1e-6, atol=1e-37, equal_nan=True)
+    # Below 1e-37 a denormal may be flushed. A GPU's exp(x) is 2 to the rounded x log2(e): x units off in its tail.
+    rtol = 1e-6 if DEVICE == "cpu" else 2e-5
+    torch.testing.assert_close(y.double(), want, rtol=rtol, atol=1e-37, equal_nan=True)
 
 
 @pytest.mark.parametrize("form", ["dense", "packed-unsorted"])
