@@ -35,30 +35,22 @@ def forward(
     N, R, H = layer.rows.N, layer.cell.R, layer.H
     reserve = layer.empty(layer.D * N * R * H if save else 0, dtype=torch.float32)
     if N == 0:  # an empty batch
+        states = [] if layer.step else hx.shape, [] if cx is None else cx.shape
         output = layer.empty(*input.shape[:-1], layer.D * layer.P)
-        return (
-            output,
-            layer.empty(*([0] if layer.step else hx.shape)),
-            layer.empty(*(cx.shape if cx is not None else [0])),
-            reserve,
-        )
+        return output, *(layer.empty(*(shape or [0])) for shape in states), reserve
     kept = reserve if reserve.numel() else None
     with layer.on_device():
         if layer.step:
             return *_one_step(layer, input, hx, cx, kept), reserve
         x = _project_input(layer, input)
-        c = (
-            None
-            if cx is None
-            else torch.empty_like(cx, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(cx)
-        )
+        c = None if cx is None else layer.empty(*cx.shape, dtype=torch.float32).copy_(cx)
         config = layer.config("sequence_forward")
         run = _whole_sequence if config is not None else _step_by_step
         output = run(layer, x, hx.contiguous(), c, kept, config)
         h_n = torch.stack(
             [layer.rows.ends(output[:, d * layer.P : (d + 1) * layer.P], d) for d in range(layer.D)]
         )
-        c_n = layer.empty(0) if c is None else c.clone() if layer.dtype == c.dtype else c.to(layer.dtype)
+        c_n = layer.empty(0) if c is None else c.to(layer.dtype)
     return output.view(*input.shape[:-1], layer.D * layer.P), h_n, c_n, reserve
 
 

@@ -246,6 +246,7 @@ def sequence_backward(
             dstate = (total,)
         else:
             narrow = total.to(dtype)
+            tl.debug_barrier()  # several threads may hold one number: all must have read it before one writes
             tl.store(p, narrow, mask=m_p & m_live)
             dstate = (tl.dot(w_hr, narrow, input_precision=PRECISION),)
         if HAS_C:

@@ -120,6 +120,7 @@ def step_forward(
         if p_out is not None:
             tl.store(p_out + row * (D * H) + d * H + tile(D * H, o_h, o_b), h, mask=mask)
         if p_c_new is not None:
+            tl.debug_barrier()  # several threads may hold one number of p_c: all must have read it before one writes
             kept = (after[1] if HAS_C else after[0]).to(p_c_new.dtype.element_ty)
             tl.store(p_c_new + first * H + tile(H, o_h, o_b), kept, mask=mask)
         if p_reserve is not None:
@@ -226,6 +227,8 @@ def step_backward(
             tl.store(p_dx + o_x, dx[g].to(p_dx.dtype.element_ty), mask=mask)
             if APART:
                 tl.store(p_dr + o_x, dr[g].to(p_dr.dtype.element_ty), mask=mask)
+        if APART or HAS_C:
+            tl.debug_barrier()  # as in step_forward, for p_dh and p_dc
         if APART:
             tl.store(p_dh + first * H + tile(H, o_h, o_b), passed[0], mask=mask)
         if HAS_C:

@@ -104,9 +104,8 @@ def shared_bytes(p: Problem, c: Config) -> int:
     tile = c.BLOCK_H * c.BLOCK_B
     exchange = (2 if p.tensor_cores else 4) * max(tile, c.BLOCK_K * c.BLOCK_B) * 4  # float32 between layouts
     staged = 0
-    if (
-        p.kernel == "sequence_backward"
-    ):  # reserve, c before from either source, gradient and h, for each stage
+    if p.kernel == "sequence_backward":
+        # For each stage the reserve, the c before from either source, and the gradient and the h before.
         row = p.R * 4 + (4 + p.dtype.itemsize) * p.has_c + 3 * p.dtype.itemsize
         staged = max(c.stages - 1, 0) * row * max(tile, c.BLOCK_K * c.BLOCK_B)
     return weight_bytes(p) + exchange + staged + 1024
@@ -191,7 +190,9 @@ def choose(arch: int, p: Problem) -> Config | None:
     if whole and force.steps:
         return None
     found = force.configs.get(p.key) or measured().get(p.key)
-    if found is not None:
+    if found is not None and (
+        not whole or (power(p.H, 16), power(p.P, 16)) == (found.BLOCK_H, found.BLOCK_K)
+    ):
         return found
     candidates = (sequence_candidates if whole else step_candidates)(arch, p)
     return candidates[0] if candidates else None
@@ -234,7 +235,9 @@ def read(path: Path, here: dict[str, Any]) -> dict[str, Config]:
         for entry in entries:
             if entry["machine"] == here:
                 for key, values in entry["configs"].items():
-                    if not all(type(v) is int and v > 0 for v in values):
+                    if not all(type(v) is int and v > 0 for v in values) or any(
+                        v & (v - 1) for v in values[:4]
+                    ):
                         raise ValueError(f"{key} is {values}")
                     found[key] = Config(*values)
         return found

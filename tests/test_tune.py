@@ -122,6 +122,7 @@ def test_a_second_run_keeps_what_it_did_not_measure(cache):
         '{"other": "program"}',
         json.dumps({"machines": [{"machine": HERE, "configs": {"x": [1, 2]}}]}),
         json.dumps({"machines": [{"machine": HERE, "configs": {"x": [1, 2, 3, 4, -5]}}]}),
+        json.dumps({"machines": [{"machine": HERE, "configs": {"x": [16, 48, 64, 8, 2]}}]}),
         json.dumps({"machines": [{"machine": HERE, "configs": {"x": "16"}}]}),
     ],
 )
@@ -137,6 +138,12 @@ def test_a_file_that_is_not_ours_is_ignored_with_one_warning(cache, text):
         warnings.simplefilter("error")
         tune.tune([WORK], device="cpu", timer=made_up(None))
         assert tuning.choose(90, problem(H=64)) is not None
+
+
+def test_a_sequence_takes_no_tile_that_would_not_hold_it(cache):
+    p = problem(H=128)
+    tuning.write(cache, HERE, {p.key: Config(16, 64, 64, 4, 1)})
+    assert tuning.choose(90, p) == tuning.sequence_candidates(90, p)[0]
 
 
 def test_a_candidate_that_fails_is_passed_over(cache):
