@@ -41,7 +41,7 @@ FORMS = [("dense", False), ("dense", True), ("packed", False), ("packed", True),
 WAYS = [(*form, steps) for form in FORMS for steps in ((False, True) if form[0] != "step" else (True,))]
 
 # T, B, I, H: single elements, odd sizes, a batch of one, more than a tile of sequences, more than a tile of units.
-SHAPES = [(1, 1, 1, 1), (5, 3, 4, 7), (3, 1, 17, 33), (1, 17, 3, 33), (2, 35, 9, 65), (2, 2, 64, 130)]
+SHAPES = [(1, 1, 1, 1), (5, 3, 4, 7), (3, 1, 17, 33), (1, 17, 3, 33), (2, 19, 9, 65), (2, 2, 64, 130)]
 
 
 def dtype_name(dtype):
@@ -92,11 +92,14 @@ def test_op_meets_oracle(cell, dtype, form, bidirectional, steps):
     check(cell, form, bidirectional, steps, dtype, (3, 3, 4, 7))
 
 
-@pytest.mark.parametrize("steps", [False, True], ids=["sequence", "steps"])
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[3] > 1], ids=lambda s: "x".join(map(str, s)))
+# In float16 a sequence of so many units fits on chip; in float32 it would run step by step.
+ODD = [(c, s, steps) for c in CELLS for s in SHAPES[2:] for steps in (False, True)]
+ODD = [(c, s, steps) for c, s, steps in ODD if steps or s[3] <= 128 or c.startswith("rnn")]
+
+
+@pytest.mark.parametrize(("cell", "shape", "steps"), ODD)
 def test_op_meets_oracle_in_odd_sizes(cell, shape, steps):
-    check(cell, "packed", shape[3] < 40, steps, torch.float32, shape)
+    check(cell, "packed", shape[3] < 40, steps, torch.float32 if steps else torch.float16, shape)
 
 
 @pytest.mark.parametrize(("form", "bidirectional", "steps"), WAYS)
