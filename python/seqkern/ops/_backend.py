@@ -178,6 +178,14 @@ def _unfit(call: Call, devices: tuple[str, ...], dtypes) -> str | None:
     return None
 
 
+def _too_old(index: int) -> str:
+    """The name of a GPU that Triton's tensor cores do not know; empty if it is new enough."""
+    return torch.cuda.get_device_name(index) if torch.cuda.get_device_capability(index) < (8, 0) else ""
+
+
+_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as _now_forced
+
+
 def lacks_triton(tensors: tuple[Tensor | None, ...]) -> str | None:
     """Why the Triton kernels cannot run on these tensors where they lie."""
     if TRITON_MISSING:
@@ -187,8 +195,8 @@ def lacks_triton(tensors: tuple[Tensor | None, ...]) -> str | None:
             continue
         if t.dtype not in TRITON_DTYPES:
             return f"the dtype is {t.dtype}, not one of {', '.join(sorted(map(str, TRITON_DTYPES)))}"
-        if t.is_cuda and torch.cuda.get_device_capability(t.device) < (8, 0):
-            return f"{torch.cuda.get_device_name(t.device)} is older than compute capability 8.0"
+        if t.is_cuda and (old := _too_old(t.device.index)):
+            return f"{old} is older than compute capability 8.0"
         if not t.is_cuda and t.dtype == torch.bfloat16:
             return "Triton's interpreter multiplies bfloat16 wrongly"
     return None
