@@ -89,6 +89,37 @@ def test_force_is_of_one_thread():
     assert found[0].name == ("cpu" if NATIVE else "torch")
 
 
+@pytest.mark.parametrize(
+    ("device", "missing", "says"),
+    [
+        ("cpu", "", "a tensor is on cpu"),
+        ("meta", "", "on meta"),
+        ("cpu", "Triton is not installed; pip", "pip"),
+    ],
+)
+def test_triton_declines_with_a_reason(device, missing, says, monkeypatch):
+    monkeypatch.setattr(_backend, "INTERPRETED", False)
+    monkeypatch.setattr(_backend, "TRITON_MISSING", missing)
+    cell = seqkern.nn.GRUCell(3, 4, device=device)
+    with seqkern.backend("triton"), pytest.raises(RuntimeError, match=f"cannot serve it: .*{says}"):
+        cell(torch.zeros(2, 3, device=device))
+
+
+def test_triton_is_left_aside_until_a_gpu_has_shown_it_faster(monkeypatch):
+    """The order of a GPU's backends, for a tensor that says it is on one."""
+    monkeypatch.setattr(_backend, "TRITON_MISSING", "")
+    monkeypatch.setitem(_backend.ORDER, "cpu", _backend.ORDER["cuda"])
+    monkeypatch.setattr(_backend, "INTERPRETED", True)
+    call = _backend.Call("gru", (torch.zeros(2, 1, 3), torch.zeros(1, 1, 4)))
+    choice = _backend.choose(call)
+    assert choice.name == "torch"
+    assert "faster than torch's kernel yet" in dict(choice.declined)["triton"]
+    assert _backend.choose(call, "triton").name == "triton"
+    monkeypatch.setattr(_backend, "special", 1)  # the way to the whole choice, which a compiler must be able to trace
+    gru, x = seqkern.nn.GRU(3, 4), torch.randn(2, 1, 3)
+    torch.testing.assert_close(torch.compile(gru, fullgraph=True, backend="aot_eager")(x), gru(x))
+
+
 def test_package_is_light_and_works_without_its_binary():
     code = (
         "import sys; sys.modules['seqkern._native'] = None; sys.modules['triton'] = None\n"

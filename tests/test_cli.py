@@ -18,6 +18,7 @@ def test_info_names_version_and_kernels():
     text = run("info").output
     assert seqkern.__version__ in text
     assert ("missing" in text) == (_library.native() is None)
+    assert "Triton" in text and "GPU" in text
 
 
 def test_verify_passes():

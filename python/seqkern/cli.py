@@ -1,6 +1,7 @@
 """The command ``seqkern``: what is installed, whether it is right, how fast it is, and the demo."""
 
 import platform
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +40,15 @@ def info() -> None:
             ("instruction set", f"{native.isa()} of {', '.join(native.isas())}"),
             ("threads", native.num_threads()),
         ]
+    rows += [("Triton", _backend.TRITON_MISSING or metadata.version("triton")), ("GPU", _gpu())]
     Console().print(report.key_values("", rows))
+
+
+def _gpu() -> str:
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return ", ".join(names)
+    return "none" if torch.version.cuda else f"none: torch {torch.__version__} was built without CUDA"
 
 
 @app.command()
@@ -66,6 +75,36 @@ def verify() -> None:
     Console().print(report.table("Relative RMS error against float64", columns, rows, right=[2, 3, 4]))
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    cell: Annotated[str, typer.Option(help="lstm, gru, rnn_tanh, rnn_relu or all")] = "all",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32 or all")] = "bfloat16",
+    hidden: Annotated[list[int] | None, typer.Option(min=1, help="hidden size; may be repeated")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="batch size; may be repeated")] = None,
+) -> None:
+    """Times the Triton kernels' configurations on this GPU and keeps the best; exit code 2 without a GPU."""
+    from seqkern import tune as tuner
+
+    if reason := tuner.why_not():
+        typer.echo(f"seqkern tune: {reason}", err=True)
+        raise typer.Exit(2)
+    cells = tuner.CELLS if cell == "all" else (cell,)
+    dtypes = tuple(tuner.DTYPES) if dtype == "all" else (dtype,)
+    for given, known in ((cells, tuner.CELLS), (dtypes, tuner.DTYPES)):
+        if unknown := set(given) - set(known):
+            typer.echo(f"seqkern tune: {unknown.pop()!r} is not one of {', '.join(known)} or all", err=True)
+            raise typer.Exit(2)
+    sizes = [(h, b) for h in hidden or tuner.HIDDEN for b in batch or tuner.BATCH]
+    works = [tuner.Work(c, d, h, b) for c in cells for d in dtypes for h, b in sizes]
+    rows = tuner.tune(works, say=typer.echo)
+    columns = ["kernel", "B, H, K, warps, stages", "us", "us by rule", "tried"]
+    found = [
+        (r.key, ", ".join(map(str, r.config)), f"{r.seconds * 1e6:.0f}", f"{r.by_rule * 1e6:.0f}", r.tried)
+        for r in rows
+    ]
+    Console().print(report.table("Best configurations, whole op", columns, found, right=[2, 3, 4]))
 
 
 @app.command()

@@ -65,7 +65,7 @@ def _cell(
         cx = hx if cell == "lstm" else None
     tensors = (input, hx, cx, w_ih, w_hh, b_ih, b_hh)
     name = _name(backend, f"{cell}_cell", tensors)
-    if name == "cpu":
+    if name in _backend.BY_OPS:
         output, _, c_n, _ = _call_op((input, None, hx, cx, w_ih, w_hh, b_ih, b_hh, None, *_NO_BACKWARD), cell)
     elif name == "torch":
         kernel = getattr(torch._VF, f"{cell}_cell")  # type: ignore[attr-defined]
@@ -217,7 +217,7 @@ def _one_layer(
     cx: Tensor | None,
     weights: Weights,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    if name == "cpu":
+    if name in _backend.BY_OPS:
         output, h_n, c_n, _ = _call_op((input, batch_sizes, hx, cx, *weights), cell)
         return output, h_n, c_n
     backward = None if weights[5] is None else weights[5:]

@@ -4,11 +4,12 @@
 reference the spec in plain torch: any device and dtype, any transform
 torch     torch's own kernel
 cpu       the compiled kernels of this package
-triton    the Triton kernels of this package (none yet)
+triton    the Triton kernels of this package
 cuda      the compiled CUDA kernels of this package (none yet)
 ========= ==========================================================================
 """
 
+import importlib.util
 import os
 import threading
 from collections.abc import Iterator
@@ -29,8 +30,27 @@ CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.floa
 VARIABLE = "SEQKERN_BACKEND"
 PLAIN = frozenset((Tensor, Parameter))
 
+TRITON_OPS = frozenset(
+    f"{cell}{form}" for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu") for form in ("", "_cell")
+)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BY_OPS = frozenset(("cpu", "triton", "cuda"))  # those that run as the ops of this package
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU, slowly, for tests
+
 CPU_READY = _library.native() is not None
 CPU_MISSING = _library.why_missing()
+
+
+def _why_no_triton() -> str:
+    try:
+        found = importlib.util.find_spec("triton")
+    except ImportError:
+        found = None
+    return "" if found else "Triton is not installed; pip install triton"
+
+
+TRITON_MISSING = _why_no_triton()
 
 
 class Call(NamedTuple):
@@ -133,12 +153,15 @@ def serves_cpu(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _decline_cpu(call: Call) -> str | None:
-    if not CPU_READY:
-        return CPU_MISSING
+    return CPU_MISSING or _unfit(call, ("cpu",), CPU_DTYPES)
+
+
+def _unfit(call: Call, devices: tuple[str, ...], dtypes) -> str | None:
+    """Why kernels on such devices for such dtypes cannot take the tensors of a call, or the state they come in."""
     given = [t for t in call.tensors if t is not None]
     dtype = given[0].dtype
     for t in given:
-        if not t.is_cpu:
+        if t.device.type not in devices:
             return f"a tensor is on {t.device}"
         if t.layout is not torch.strided:
             return f"a tensor has layout {t.layout}"
@@ -146,8 +169,8 @@ def _decline_cpu(call: Call) -> str | None:
             return f"dtypes are mixed ({dtype} and {t.dtype})"
         if type(t) not in PLAIN and not torch.compiler.is_compiling():
             return f"a tensor is a {type(t).__name__}"
-    if dtype not in CPU_DTYPES:
-        return f"the dtype is {dtype}, not one of {', '.join(sorted(map(str, CPU_DTYPES)))}"
+    if dtype not in dtypes:
+        return f"the dtype is {dtype}, not one of {', '.join(sorted(map(str, dtypes)))}"
     if torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
         return "autocast is on, whose casts are torch's own"
     if in_transform():
@@ -155,11 +178,46 @@ def _decline_cpu(call: Call) -> str | None:
     return None
 
 
+def _too_old(index: int) -> str:
+    """The name of a GPU that Triton's tensor cores do not know; empty if it is new enough."""
+    return torch.cuda.get_device_name(index) if torch.cuda.get_device_capability(index) < (8, 0) else ""
+
+
+_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as _now_forced
+
+
+def lacks_triton(tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Why the Triton kernels cannot run on these tensors where they lie."""
+    if TRITON_MISSING:
+        return TRITON_MISSING
+    for t in tensors:
+        if t is None:
+            continue
+        if t.dtype not in TRITON_DTYPES:
+            return f"the dtype is {t.dtype}, not one of {', '.join(sorted(map(str, TRITON_DTYPES)))}"
+        if t.is_cuda and (old := _too_old(t.device.index)):
+            return f"{old} is older than compute capability 8.0"
+        if not t.is_cuda and t.dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+    return None
+
+
+def _decline_triton(call: Call) -> str | None:
+    if call.op not in TRITON_OPS:
+        return f"this version has no triton kernel for {call.op}"
+    if TRITON_MISSING:
+        return TRITON_MISSING
+    devices = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+    return _unfit(call, devices, TRITON_DTYPES) or lacks_triton(call.tensors)
+
+
 def declines(name: str, call: Call) -> str | None:
     """Why a backend cannot serve a call, or None if it can."""
     if name == "cpu":
         return _decline_cpu(call)
-    if name in ("triton", "cuda"):
+    if name == "triton":
+        return _decline_triton(call)
+    if name == "cuda":
         return f"this version has no {name} kernel for {call.op}"
     return None
 
@@ -175,27 +233,40 @@ def _torch_avoids(call: Call) -> str | None:
     return None
 
 
+def _triton_avoids(call: Call) -> str | None:
+    """Why the Triton kernels are left aside unless they are forced."""
+    return declines("triton", call) or (
+        "no GPU has shown it to be faster than torch's kernel yet; try it with seqkern.backend('triton')"
+    )
+
+
+def forced() -> str | None:
+    """The backend that is forced here and now."""
+    name = _now_forced()
+    return name if name is not None else _environment or None
+
+
 def choose(call: Call, name: str | None = None) -> Choice:
     """The backend for a call; ``name`` forces one for this call, before `backend` and SEQKERN_BACKEND.
 
     Raises ValueError for an unknown name and RuntimeError if the forced backend declines.
     """
     if name is not None:
-        forced = _known(name, "backend")
-    elif (forced := _now_forced()) is None and _environment:
-        forced = _known(_environment, f"the environment variable {VARIABLE}")
-    if forced is not None:
-        if reason := declines(forced, call):
+        named = _known(name, "backend")
+    elif (named := _now_forced()) is None and _environment:
+        named = _known(_environment, f"the environment variable {VARIABLE}")
+    if named is not None:
+        if reason := declines(named, call):
             raise RuntimeError(
-                f"backend {forced!r} was forced for {call.op} but cannot serve it: {reason}; "
+                f"backend {named!r} was forced for {call.op} but cannot serve it: {reason}; "
                 f"leave the choice open or force another of {', '.join(BACKENDS)}"
             )
-        return _seen(call, Choice(forced))
+        return _seen(call, Choice(named))
     input = call.tensors[0]
     assert input is not None
-    declined = []
+    declined, avoids = [], {"torch": _torch_avoids, "triton": _triton_avoids}
     for each in ORDER.get(input.device.type, ("torch", "reference")):
-        reason = _torch_avoids(call) if each == "torch" else declines(each, call)
+        reason = avoids[each](call) if each in avoids else declines(each, call)
         if reason is None:
             return _seen(call, Choice(each, tuple(declined)))
         declined.append((each, reason))

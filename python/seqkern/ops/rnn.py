@@ -11,7 +11,8 @@ step   [B, I]                    [B, P], [B, H]       [B, P]        [0]         
 ====== ========================= ==================== ============= =========== ===========
 
 What does not exist (c_n of a cell other than lstm, the gradient of an absent bias, …) is a tensor of shape [0].
-The compiled library adds the implementations; the schemas, the shapes and the gradients stand here.
+The compiled library adds the implementations on a CPU, `seqkern.kernels.rnn` those on a GPU; the schemas, the shapes
+and the gradients stand here.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from seqkern import spec
+from seqkern.ops import _gpu
 
 TENSORS = [
     *("input", "batch_sizes", "hx", "cx"),
@@ -43,6 +45,8 @@ _LIBRARY.define(
     + ")",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_gpu.serve(_LIBRARY, "rnn_forward", "seqkern.kernels.rnn", "forward")
+_gpu.serve(_LIBRARY, "rnn_backward", "seqkern.kernels.rnn", "backward")
 
 Tensors = Sequence[Tensor | None]
 

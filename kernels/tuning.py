@@ -1,0 +1,276 @@
+"""Which configuration a kernel is launched with: data and pure functions of the architecture, the dtype and the sizes.
+
+Measured choices (`seqkern tune`) lie in the user's cache directory and come before the rules here. The rules were made
+from compilers' reports of registers, spills and shared memory, not from timings.
+"""
+
+import ctypes
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+
+class Arch(NamedTuple):
+    """What a block of one architecture may use."""
+
+    shared: int  # bytes of shared memory
+    blocks: int  # multiprocessors of its usual GPU: how many blocks run at once
+
+
+# Shared memory per block by the CUDA programming guide, table of compute capabilities: the multiprocessor's less 1 KB.
+ARCHS = {
+    80: Arch(163 * 1024, 108),
+    86: Arch(99 * 1024, 84),
+    89: Arch(99 * 1024, 128),
+    90: Arch(227 * 1024, 132),
+    100: Arch(227 * 1024, 148),
+    120: Arch(99 * 1024, 170),
+}
+REGISTERS = 255  # that one thread can name
+
+
+class Config(NamedTuple):
+    """Tile sizes and launch options of one kernel."""
+
+    BLOCK_B: int  # sequences
+    BLOCK_H: int  # hidden units; for a sequence all of them
+    BLOCK_K: int  # depth of the matmul; for a sequence all outputs
+    warps: int
+    stages: int
+
+
+class Problem(NamedTuple):
+    """What a configuration is chosen for."""
+
+    kernel: str  # sequence_forward, sequence_backward, step_forward or step_backward
+    cell: str
+    G: int
+    R: int
+    has_c: bool
+    dtype: torch.dtype
+    tensor_cores: bool  # whether a matmul of this dtype and precision runs on them
+    B: int
+    H: int
+    P: int
+    D: int
+    projects: bool
+
+    @property
+    def key(self) -> str:
+        """The name under which a measured choice is kept: sizes of batch rounded up to a power of two."""
+        kind = str(self.dtype)[6:] + ("" if self.tensor_cores or self.dtype != torch.float32 else "-ieee")
+        return f"{self.kernel}|{self.cell}|{kind}|B{power(self.B)}|H{self.H}|P{self.P}|D{self.D}"
+
+
+def power(n: int, least: int = 1) -> int:
+    """The smallest power of two that holds n and is at least so large."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def arch_of(device: torch.device) -> int:
+    """Compute capability times ten of a device; the interpreter, which has no limits, passes for sm_90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def limits(arch: int) -> Arch:
+    """Of the newest architecture that is no newer; of the smallest for one older than all."""
+    known = (
+        [a for a in ARCHS if a <= arch and a // 10 == arch // 10] or [a for a in (86,) if arch < 120] or [120]
+    )
+    return ARCHS[max(known)]
+
+
+def weight_bytes(p: Problem) -> int:
+    """Shared memory of the weights that a sequence keeps on chip."""
+    h, k = power(p.H, 16), power(p.P, 16)
+    return (p.G + p.projects) * h * k * p.dtype.itemsize
+
+
+def shared_bytes(p: Problem, c: Config) -> int:
+    """An upper bound of the shared memory of a sequence kernel, held to the compilers' figures by a test."""
+    tile = c.BLOCK_H * c.BLOCK_B
+    exchange = (2 if p.tensor_cores else 4) * max(tile, c.BLOCK_K * c.BLOCK_B) * 4  # float32 between layouts
+    staged = 0
+    if p.kernel == "sequence_backward":
+        # For each stage the reserve, the c before from either source, and the gradient and the h before.
+        row = p.R * 4 + (4 + p.dtype.itemsize) * p.has_c + 3 * p.dtype.itemsize
+        staged = max(c.stages - 1, 0) * row * max(tile, c.BLOCK_K * c.BLOCK_B)
+    return weight_bytes(p) + exchange + staged + 1024
+
+
+def registers(p: Problem, c: Config) -> int:
+    """An estimate of the registers of a thread of a sequence kernel at its fullest."""
+    threads = 32 * c.warps
+    tiles = (2 * p.G + p.R + 3) * c.BLOCK_H * c.BLOCK_B // threads  # pre-activations twice, reserve, state
+    filling = weight_bytes(p) // 4 // threads  # the weights on their way to shared memory
+    if not p.tensor_cores:  # a row of each weight is an operand in registers
+        return tiles + (p.G + p.projects) * c.BLOCK_K + 32
+    return max(tiles, filling) + 96
+
+
+def sequence_candidates(arch: int, p: Problem) -> list[Config]:
+    """The configurations that fit, the likely best first."""
+    here = limits(arch)
+    h, k = power(p.H, 16), power(p.P, 16)
+    # Rows that are not aligned cost addresses, in registers: beyond 64 units the backward spills with 16 sequences, and
+    # beside tcgen05 (sm_100) the forward too.
+    aligned = p.H % 16 == 0 and p.P % 16 == 0
+    narrow = not aligned and h > 64 and (p.kernel == "sequence_backward" or arch >= 100)
+    # 16 sequences are the least that wgmma takes; without tensor cores more would spill.
+    widths = (8,) if narrow else (16, 32, 64) if p.tensor_cores else (16,)
+    found = []
+    for width in widths:
+        # One warp group holds a tile of 1024 numbers of each gate, and its aligned addresses, without spilling.
+        warps = 4 if h * width <= 1024 and aligned and p.tensor_cores else 8
+        for stages in (3, 2, 1) if p.kernel == "sequence_backward" else (1,):
+            c = Config(width, h, k, warps, stages)
+            if shared_bytes(p, c) <= here.shared and registers(p, c) <= REGISTERS:
+                found.append(c)
+                break  # fewer stages only where more do not fit
+    # Narrow tiles give the shortest step. Wider ones only where the narrow would queue for a multiprocessor.
+    enough = [c for c in found if here.blocks >= -(-p.B // c.BLOCK_B) * p.D]
+    return enough[:1] + [c for c in found[::-1] if c not in enough[:1]]
+
+
+def step_candidates(arch: int, p: Problem) -> list[Config]:
+    """Configurations of a step, the likely best first; every size has one."""
+    here = limits(arch)
+    depth = 64 if p.dtype.itemsize == 2 else 32  # 128 bytes of a row of weights
+    width = min(power(p.B, 16), 64 if p.tensor_cores else 16)
+    found = []
+    for units in (64, 32, 16):
+        if units > power(p.H, 16):
+            continue
+        # A gate's sums must stay in registers: 4 gates, twice where x and r are apart.
+        columns = width
+        while 2 * p.G * units * columns > 4 * 32 * 128:
+            columns //= 2
+        found.append(Config(columns, units, depth, 4, 3))
+    # Weights are read once from L2 by each tile of the batch: large tiles, but enough to busy half the processors.
+    blocks = {c: -(-p.H // c.BLOCK_H) * -(-p.B // c.BLOCK_B) * p.D for c in found}
+    busy = [c for c in found if 2 * blocks[c] >= here.blocks]
+    return busy + [c for c in found[::-1] if c not in busy]
+
+
+class _Force(NamedTuple):
+    configs: dict[str, Config]
+    steps: bool
+
+
+_force: ContextVar[_Force] = ContextVar("seqkern_tuning", default=_Force({}, False))  # noqa: B039
+
+
+@contextmanager
+def forced(configs: dict[str, Config], steps: bool = False) -> Iterator[None]:
+    """Puts configurations, by `Problem.key`, before all others in the block; with ``steps``, no sequence fits."""
+    token = _force.set(_Force(configs, steps))
+    try:
+        yield
+    finally:
+        _force.reset(token)
+
+
+def choose(arch: int, p: Problem) -> Config | None:
+    """The configuration of a call; None where a sequence does not fit on chip."""
+    force = _force.get()
+    whole = p.kernel.startswith("sequence")
+    if whole and force.steps:
+        return None
+    found = force.configs.get(p.key) or measured().get(p.key)
+    if found is not None and (
+        not whole or (power(p.H, 16), power(p.P, 16)) == (found.BLOCK_H, found.BLOCK_K)
+    ):
+        return found
+    candidates = (sequence_candidates if whole else step_candidates)(arch, p)
+    return candidates[0] if candidates else None
+
+
+def cache_file() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "seqkern" / "tuning.json"
+
+
+def driver_version() -> int:
+    """The CUDA version that the driver serves, as the driver writes it; 0 without a driver."""
+    try:
+        answer = ctypes.c_int()
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(answer))
+    except (OSError, AttributeError):
+        return 0
+    return answer.value
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement holds for."""
+    try:
+        version = metadata.version("seqkern")
+    except metadata.PackageNotFoundError:
+        version = ""
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "driver": driver_version(),
+        "triton": triton.__version__,
+        "seqkern": version,
+    }
+
+
+def read(path: Path, here: dict[str, Any]) -> dict[str, Config]:
+    """The choices in a cache file that were measured here. A file that is not one warns and counts as empty."""
+    try:
+        entries = json.loads(path.read_text())["machines"]
+        found = {}
+        for entry in entries:
+            if entry["machine"] == here:
+                for key, values in entry["configs"].items():
+                    if not all(type(v) is int and v > 0 for v in values) or any(
+                        v & (v - 1) for v in values[:4]
+                    ):
+                        raise ValueError(f"{key} is {values}")
+                    found[key] = Config(*values)
+        return found
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        warnings.warn(
+            f"{path} is not a file of `seqkern tune` and is ignored ({type(e).__name__}: {e}); "
+            "delete it or run `seqkern tune` again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return {}
+
+
+def write(path: Path, here: dict[str, Any], configs: dict[str, Config]) -> None:
+    """Puts choices in place of those kept for the same machine; other machines' stay."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a broken file is replaced
+        old = read(path, here)
+    try:
+        kept = [e for e in json.loads(path.read_text())["machines"] if e["machine"] != here]
+    except (OSError, ValueError, KeyError, TypeError):
+        kept = []
+    entry = {"machine": here, "configs": {k: list(c) for k, c in sorted({**old, **configs}.items())}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps({"machines": [*kept, entry]}, indent=1) + "\n")
+    os.replace(scratch, path)
+
+
+@cache
+def measured() -> dict[str, Config]:
+    """The choices measured on this machine, read once."""
+    path = cache_file()
+    return read(path, machine()) if path.is_file() else {}

@@ -1,0 +1,57 @@
+"""What only a GPU can show of the recurrent Triton kernels: calls captured in a CUDA graph, and wide batches."""
+
+import pytest
+import torch
+
+import seqkern
+from seqkern.kernels import tuning
+from seqkern.testing import make_case, run_op
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("steps", [False, True], ids=["sequence", "steps"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_captured_graph_replays(kind, steps):
+    layer = getattr(seqkern.nn, kind)(16, 32, bidirectional=True, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(7, 5, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    wanted = [x, *layer.parameters()]
+
+    def run():
+        output, _ = layer(x)
+        return [output, *torch.autograd.grad(output.square().sum(), wanted)]
+
+    with seqkern.backend("triton"), tuning.forced({}, steps=steps):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        for _ in range(2):
+            with torch.no_grad():
+                x.copy_(torch.randn_like(x))
+            graph.replay()
+            assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+@pytest.mark.parametrize("steps", [False, True], ids=["sequence", "steps"])
+def test_many_sequences_give_the_same_bits_twice(cell, steps):
+    """Races show here, and nowhere in an interpreter that runs one block after another."""
+    case = make_case(cell, "packed", torch.bfloat16, T=9, B=700, I=64, H=64, bidirectional=True)
+    case = type(case)(
+        cell,
+        *(
+            tuple(t.cuda() if t is not None and t.is_floating_point() else t for t in each)
+            for each in (case.tensors, case.grads)
+        ),
+    )
+    with seqkern.backend("triton"), tuning.forced({}, steps=steps):
+        first = run_op(case)
+        for _ in range(3):
+            again = run_op(case)
+            assert [name for name in first if not torch.equal(first[name], again[name])] == []
