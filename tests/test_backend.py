@@ -115,7 +115,8 @@ def test_triton_is_left_aside_until_a_gpu_has_shown_it_faster(monkeypatch):
     assert choice.name == "torch"
     assert "faster than torch's kernel yet" in dict(choice.declined)["triton"]
     assert _backend.choose(call, "triton").name == "triton"
-    monkeypatch.setattr(_backend, "special", 1)  # the way to the whole choice, which a compiler must be able to trace
+    # The way to the whole choice, which a compiler must be able to trace.
+    monkeypatch.setattr(_backend, "special", 1)
     gru, x = seqkern.nn.GRU(3, 4), torch.randn(2, 1, 3)
     torch.testing.assert_close(torch.compile(gru, fullgraph=True, backend="aot_eager")(x), gru(x))
 
