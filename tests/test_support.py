@@ -36,7 +36,12 @@ def packed(cell: bool, dtype: torch.dtype) -> tuple[Any, ...]:
     return (pack_sequence([torch.randn(n, I, dtype=dtype) for n in (4, 2)]),)
 
 
+@torch.no_grad()
 def straight(model: torch.nn.Module, *inputs: Any) -> Explanation:
+    return seqkern.explain(model, *inputs)
+
+
+def with_a_gradient(model: torch.nn.Module, *inputs: Any) -> Explanation:
     return seqkern.explain(model, *inputs)
 
 
@@ -68,6 +73,7 @@ WAYS = {
     "`proj_size`": Way({"proj_size": 2}),
     "`bias=False`": Way({"bias": False}),
     '`nonlinearity="relu"`': Way({"nonlinearity": "relu"}),
+    "where a gradient is needed": Way(call=with_a_gradient),
     "under `torch.autocast`": Way(call=under_autocast),
     "in `torch.func.vmap`": Way(call=inside_vmap),
 }

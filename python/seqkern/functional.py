@@ -20,15 +20,9 @@ _FLAT = {2: (0, 1, None, None, None), 3: (0, 1, None, None, 2), 4: (0, 1, 2, 3, 
 Weights = tuple[Tensor | None, ...]  # w_ih, w_hh, b_ih, b_hh, w_hr of one direction
 
 
-def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
-    if torch.compiler.is_compiling():
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)  # type: ignore[attr-defined]
-
-
 def _call_op(tensors: Weights, cell: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op through autograd where a gradient is needed, past it where none is."""
-    if _needs_grad(tensors):
+    if _backend.needs_grad(tensors):
         return _forward(*tensors, cell, True)
     if torch.compiler.is_compiling():
         return _forward(*tensors, cell, False)
@@ -38,7 +32,7 @@ def _call_op(tensors: Weights, cell: str) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 def _name(backend: str | None, op: str, tensors: Weights, packed: bool = False) -> str:
     if backend is None and not _backend.special and _backend.serves_cpu(tensors):
-        return "cpu"
+        return "torch" if _backend.leaves_cell_to_torch(op, tensors) else "cpu"
     check_uniform(op, packed, tensors)
     return _backend.choose(_backend.Call(op, tensors), backend).name
 

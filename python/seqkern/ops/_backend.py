@@ -12,7 +12,7 @@ cuda      the compiled CUDA kernels of this package (none yet)
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -28,6 +28,7 @@ BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}
 CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 VARIABLE = "SEQKERN_BACKEND"
+CELL_WORTH_A_GRADIENT = 4_000_000  # weights, states and input of one step
 PLAIN = frozenset((Tensor, Parameter))
 
 TRITON_OPS = frozenset(
@@ -222,6 +223,28 @@ def declines(name: str, call: Call) -> str | None:
     return None
 
 
+def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)  # type: ignore[attr-defined]
+
+
+def leaves_cell_to_torch(op: str, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a step is too small for a gradient of ours, whose call from Python costs more than torch's whole step."""
+    if not op.endswith("_cell") or torch.compiler.is_compiling() or not needs_grad(tensors):
+        return False
+    return sum(t.numel() for t in tensors if t is not None and t.dim() == 2) < CELL_WORTH_A_GRADIENT
+
+
+def _cpu_avoids(call: Call) -> str | None:
+    """Why the compiled kernels are left aside unless they are forced."""
+    if reason := _decline_cpu(call):
+        return reason
+    if leaves_cell_to_torch(call.op, call.tensors):
+        return "a gradient of so small a step is faster on torch's kernel"
+    return None
+
+
 def _torch_avoids(call: Call) -> str | None:
     """Why torch's kernel is left aside unless it is forced."""
     input = call.tensors[0]
@@ -264,7 +287,7 @@ def choose(call: Call, name: str | None = None) -> Choice:
         return _seen(call, Choice(named))
     input = call.tensors[0]
     assert input is not None
-    declined, avoids = [], {"torch": _torch_avoids, "triton": _triton_avoids}
+    declined, avoids = [], {"cpu": _cpu_avoids, "torch": _torch_avoids, "triton": _triton_avoids}
     for each in ORDER.get(input.device.type, ("torch", "reference")):
         reason = avoids[each](call) if each in avoids else declines(each, call)
         if reason is None:
