@@ -25,7 +25,7 @@ FLOORS = {
     2: {"functional"},
     3: {"nn"},
     4: {"swap", "testing", "report", "charmodel"},
-    5: {"integrations", "explanation", "tune", "distributed"},
+    5: {"integrations", "explanation", "tune", "distributed", "testing_attention"},
     6: {"verification", "bench"},
     7: {"demo"},
     8: {"cli"},

@@ -4,7 +4,7 @@
 reference the spec in plain torch: any device and dtype, any transform
 torch     torch's own kernel
 cpu       the compiled kernels of this package
-triton    the Triton kernels of this package (none yet)
+triton    the Triton kernels of this package (attention)
 cuda      the compiled CUDA kernels of this package (none yet)
 ========= ==========================================================================
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from seqkern.ops import _library
+from seqkern.ops import _attention_backends, _library
 
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}
@@ -36,8 +36,9 @@ CPU_MISSING = _library.why_missing()
 class Call(NamedTuple):
     """What a backend is asked to serve."""
 
-    op: str  # "lstm", "gru", "rnn_tanh", "rnn_relu", and the same with "_cell"
-    tensors: tuple[Tensor | None, ...]  # the input first, then states and weights
+    op: str  # "lstm", "gru", "rnn_tanh", "rnn_relu", the same with "_cell", "attention"
+    tensors: tuple[Tensor | None, ...]  # the input first, then states and weights; `Tensors` of attention
+    wanted: _attention_backends.Wanted | None = None  # of attention
 
 
 class Choice(NamedTuple):
@@ -157,6 +158,10 @@ def _decline_cpu(call: Call) -> str | None:
 
 def declines(name: str, call: Call) -> str | None:
     """Why a backend cannot serve a call, or None if it can."""
+    if call.wanted is not None:
+        reason = _attention_backends.declines(name, call.tensors, call.wanted)  # type: ignore[arg-type]
+        transformed = name in ("cpu", "triton", "cuda") and not reason and in_transform()
+        return "a function transform or forward-mode differentiation is active" if transformed else reason
     if name == "cpu":
         return _decline_cpu(call)
     if name in ("triton", "cuda"):
@@ -168,6 +173,8 @@ def _torch_avoids(call: Call) -> str | None:
     """Why torch's kernel is left aside unless it is forced."""
     input = call.tensors[0]
     assert input is not None
+    if call.wanted is not None and call.wanted.only_torch:
+        return None
     if in_transform():
         return "a function transform or forward-mode differentiation is active, which not all of torch's kernels know"
     if torch.compiler.is_compiling() and call.op == "lstm" and input.is_cpu:
@@ -195,7 +202,7 @@ def choose(call: Call, name: str | None = None) -> Choice:
     assert input is not None
     declined = []
     for each in ORDER.get(input.device.type, ("torch", "reference")):
-        reason = _torch_avoids(call) if each == "torch" else declines(each, call)
+        reason = declines(each, call) or (_torch_avoids(call) if each == "torch" else None)
         if reason is None:
             return _seen(call, Choice(each, tuple(declined)))
         declined.append((each, reason))

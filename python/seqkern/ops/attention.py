@@ -10,8 +10,8 @@ packed [total_q, Hq, Dv]    [Hq, total_q] [0]
 ====== ==================== ============= ===========================================
 
 Contracts. mask and bias have four dimensions, each of full size or 1. lse is float32, or float64 for float64. Dense
-results with heads lie in memory as [B, L, H, D], so that what merges the heads afterwards copies nothing. A gradient that
-was not asked for, or whose tensor is absent, has shape [0]. No result shares memory with an argument.
+results with heads lie in memory as [B, L, H, D], so that what merges the heads afterwards copies nothing. A gradient
+that was not asked for, or whose tensor is absent, has shape [0]. No result shares memory with an argument.
 
 A backend adds an implementation for its device; where none has, the spec runs.
 """
@@ -104,9 +104,7 @@ def run_spec_backward(grad_output, grad_lse, grad_weights, output, lse, *rest) -
     arguments, needs = rest[: -len(NEEDS)], rest[-len(NEEDS) :]
     found = spec.attention_backward((grad_output, grad_lse, grad_weights), *arguments)
     outs = empty_gradients(split(arguments)[0], needs)
-    return tuple(
-        out if x is None or out.shape != x.shape else out.copy_(x) for out, x in zip(outs, found)
-    )
+    return tuple(out if x is None or out.shape != x.shape else out.copy_(x) for out, x in zip(outs, found))
 
 
 _LIBRARY.impl("attention", run_spec, "CompositeExplicitAutograd")

@@ -12,14 +12,16 @@ r"""Scaled dot-product attention with all of its options, and its gradient.
 last key (``bottom_right``). A row with empty :math:`V_i` gives 0, no gradient, and lse = sink, -inf without one.
 A key that no query sees is never read, so its NaN does not leak.
 
-Sources: Vaswani et al. 2017, arXiv:1706.03762; grouped heads: Ainslie et al. 2023, arXiv:2305.13245; ALiBi: Press, Smith
-and Lewis 2022, arXiv:2108.12409; capped scores: Gemma 2, arXiv:2408.00118; sinks: Xiao et al. 2024, arXiv:2309.17453.
+Sources: Vaswani et al. 2017, arXiv:1706.03762; grouped heads: Ainslie et al. 2023, arXiv:2305.13245; ALiBi: Press et
+al. 2022, arXiv:2108.12409; capped scores: Gemma 2, arXiv:2408.00118; sinks: Xiao et al. 2024, arXiv:2309.17453.
 
 Sizes: B batch, Hq heads of the queries, Hkv heads of keys and values (Hq = G * Hkv, query head h reads head h // G),
-L queries, S keys, D head size, Dv head size of the values. Half precision is computed in float32 and rounded at the end.
+L queries, S keys, D head size, Dv head size of the values. Half precision is computed in float32 and rounded once at
+the end.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -39,7 +41,9 @@ class Tensors(NamedTuple):
     alibi_slopes: Tensor | None = None  #: [Hq] or [B, Hq]
     sinks: Tensor | None = None  #: [Hq]
     seed: Tensor | None = None  #: int64, one element; read where dropout_p > 0
-    cu_seqlens_q: Tensor | None = None  #: [B + 1], where each packed sequence of queries begins, and the total
+    cu_seqlens_q: Tensor | None = (
+        None  #: [B + 1], where each packed sequence of queries begins, and the total
+    )
     cu_seqlens_k: Tensor | None = None  #: [B + 1], the same for keys and values
 
 
@@ -214,8 +218,8 @@ def _dense_backward(
 
 def _sequences(t: Tensors) -> list[tuple[slice, slice]]:
     assert t.cu_seqlens_q is not None and t.cu_seqlens_k is not None
-    q, k = t.cu_seqlens_q.tolist(), t.cu_seqlens_k.tolist()
-    return [(slice(*pair[0]), slice(*pair[1])) for pair in zip(zip(q, q[1:]), zip(k, k[1:]))]
+    q, k = ([slice(*ends) for ends in pairwise(cu.tolist())] for cu in (t.cu_seqlens_q, t.cu_seqlens_k))
+    return list(zip(q, k))
 
 
 def _cut(x: Tensor | None, b: int, L: int, S: int) -> Tensor | None:
