@@ -1,0 +1,31 @@
+"""Block sizes of the attention kernels: pure data and pure functions of the call's shape."""
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """What a configuration may depend on."""
+
+    arch: int  #: compute capability, 80, 90, 100
+    bytes: int  #: of an element of query, key and value
+    size: int  #: the larger head size, rounded up to a power of two
+    L: int
+    S: int
+    extras: int  #: how many of mask, bias and dropout are there: each holds registers for a tile
+
+
+class Config(NamedTuple):
+    block_m: int  #: queries of a block
+    block_n: int  #: keys of a block
+    num_warps: int
+    num_stages: int
+
+
+def forward_config(s: Shape) -> Config:
+    if s.bytes == 4:
+        return Config(32, 32, 4, 2) if s.size > 64 else Config(64, 32, 4, 2)
+    if s.L <= 64:
+        return Config(64, 64, 4, 2)
+    if s.size <= 128:
+        return Config(128, 64, 4 if s.size <= 64 else 8, 3)
+    return Config(64, 32, 4, 2)
