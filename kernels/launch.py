@@ -21,11 +21,12 @@ class Launch(NamedTuple):
 
 
 class RowValues(NamedTuple):
-    """One float32 for each query of each head: [B, H, L], or packed [H, total] with batch stride 0."""
+    """One number for each query of each head: [B, H, L], or packed [H, total] with batch stride 0."""
 
     p: Tensor
     batch: int
     head: int
+    row: int = 1
 
 
 class Call(NamedTuple):
@@ -47,9 +48,6 @@ class Call(NamedTuple):
 
     def row_values(self, x: Tensor) -> RowValues:
         return RowValues(x, 0 if self.packed is not None else x.stride(0), x.stride(-2))
-
-    def tile_planes(self) -> tuple[Plane | None, Plane | None]:
-        return self.mods.mask, self.mods.bias
 
 
 def unit_last(x: Tensor) -> Tensor:

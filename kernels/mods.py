@@ -45,6 +45,9 @@ class Mods(NamedTuple):
     seed: Any  #: pointer to int64
     threshold: int | None  #: of 2^24: the smallest that dropout keeps
     kept_scale: float | None  #: 1 / (1 - p)
+    #: Always None. Triton 3.6 types a tuple before the constants in the tuples inside it are known, and again only when
+    #: a constant of its own comes after them: without one, a stride of 1 in a plane turned into None.
+    end: None = None
 
 
 class Packed(NamedTuple):

@@ -21,6 +21,32 @@ class Config(NamedTuple):
     num_stages: int
 
 
+DELTA_ROWS = 64  # rows of output and its gradient that a program reads: enough loads in flight, and no tile to hold
+BIAS_BLOCK = 32  # queries and keys of a block whose gradient a program holds while it sums over batches and heads
+
+
+def keys_config(s: Shape) -> Config:
+    """Of the gradient of keys and values: block_n keys stay, blocks of block_m queries pass."""
+    if s.bytes == 4:
+        return Config(32, 32, 4, 1)
+    if s.size <= 64:
+        return Config(64, 64, 4, 2)
+    if s.size <= 128:
+        return Config(64, 64, 8, 2)
+    return Config(32, 32, 4, 1)
+
+
+def queries_config(s: Shape) -> Config:
+    """Of the gradient of queries: block_m queries stay, blocks of block_n keys pass."""
+    if s.bytes == 4:
+        return Config(32, 32, 4, 1)
+    if s.size <= 64:
+        return Config(64, 64, 4, 2)
+    if s.size <= 128:
+        return Config(64, 64, 8, 2)
+    return Config(32, 32, 4, 1)
+
+
 def forward_config(s: Shape) -> Config:
     if s.bytes == 4:
         return Config(32, 32, 4, 2) if s.size > 64 else Config(64, 32, 4, 2)
