@@ -54,7 +54,9 @@ def delta_kernel(
 
 @triton.jit
 def row_value(x, b, h, begin, r, L, other):
-    return tl.load(x.p + b.to(tl.int64) * x.batch + h.to(tl.int64) * x.head + begin + r, mask=r < L, other=other)
+    return tl.load(
+        x.p + b.to(tl.int64) * x.batch + h.to(tl.int64) * x.head + begin + r, mask=r < L, other=other
+    )
 
 
 @triton.jit
@@ -338,7 +340,9 @@ def gradient_of_rows(x: torch.Tensor | None) -> RowValues | None:
     return RowValues(x, 0 if x.dim() == 2 else x.stride(0), x.stride(-2), x.stride(-1))
 
 
-def backward_launches(t, o, grad_output, grad_lse, output, lse, gradients, needs) -> tuple[list[Launch], dict]:
+def backward_launches(
+    t, o, grad_output, grad_lse, output, lse, gradients, needs
+) -> tuple[list[Launch], dict]:
     """What `backward` launches in turn, and the buffers that it sums afterwards."""
     call = prepare(t, o)
     dq, dk, dv, dbias, dslopes, _ = gradients
@@ -416,7 +420,9 @@ def backward_launches(t, o, grad_output, grad_lse, output, lse, gradients, needs
             BLOCK_M=BIAS_BLOCK,
             BLOCK_N=BIAS_BLOCK,
         )
-        tiles = (1 if over_l else triton.cdiv(call.L, BIAS_BLOCK)) * (1 if over_s else triton.cdiv(call.S, BIAS_BLOCK))
+        tiles = (1 if over_l else triton.cdiv(call.L, BIAS_BLOCK)) * (
+            1 if over_s else triton.cdiv(call.S, BIAS_BLOCK)
+        )
         launches.append(Launch(bias_kernel, tiles * lead[0] * lead[1], common | own, 4, 1))
     return launches, buffers
 

@@ -15,7 +15,11 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes for one program, of CUDA's programming guide
+SHARED_LIMIT = {
+    80: 163 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+}  # bytes for one program, of CUDA's programming guide
 
 
 class Resources(NamedTuple):
@@ -79,4 +83,6 @@ def resources(launch: Any, arch: int) -> Resources:
     used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     kinds = sorted(set(re.findall(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|DMMA)\b", code)))
     count = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
-    return Resources(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, "+".join(kinds), count)
+    return Resources(
+        used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, "+".join(kinds), count
+    )

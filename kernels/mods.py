@@ -91,7 +91,9 @@ def rows(p, offsets, ok, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def store_rows(p, offsets, ok, x, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     c = tl.arange(0, BLOCK)
-    tl.store(p + offsets[:, None] + c[None, :], x.to(p.dtype.element_ty), mask=ok[:, None] & (c[None, :] < SIZE))
+    tl.store(
+        p + offsets[:, None] + c[None, :], x.to(p.dtype.element_ty), mask=ok[:, None] & (c[None, :] < SIZE)
+    )
 
 
 @triton.jit
@@ -148,7 +150,9 @@ def kept(b, h, i, j_first, mods, N: tl.constexpr, TRANSPOSED: tl.constexpr):
     """
     quarter = j_first // 4 + tl.arange(0, N // 4)[None, :]
     seed = tl.load(mods.seed)
-    w0, w1, w2, w3 = tl.philox(seed, i * 0 + quarter * 0 + b, i * 0 + quarter * 0 + h, i + quarter * 0, i * 0 + quarter)
+    w0, w1, w2, w3 = tl.philox(
+        seed, i * 0 + quarter * 0 + b, i * 0 + quarter * 0 + h, i + quarter * 0, i * 0 + quarter
+    )
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [M, N / 4, j // 2 % 2, j % 2] in the order of j
     keep = (tl.reshape(words, (i.shape[0], N)) >> 8).to(tl.int32) >= mods.threshold
     if TRANSPOSED:

@@ -21,8 +21,14 @@ class Config(NamedTuple):
     num_stages: int
 
 
-DELTA_ROWS = 64  # rows of output and its gradient that a program reads: enough loads in flight, and no tile to hold
-BIAS_BLOCK = 32  # queries and keys of a block whose gradient a program holds while it sums over batches and heads
+SPLIT = 256  # the least keys of a split: four blocks, so that reading them hides the start of a program
+DELTA_ROWS = (
+    64  # rows of output and its gradient that a program reads: enough loads in flight, and no tile to hold
+)
+WEIGHTS_BLOCK = 64  # queries and keys of a block of weights that a program writes
+BIAS_BLOCK = (
+    32  # queries and keys of a block whose gradient a program holds while it sums over batches and heads
+)
 
 
 def keys_config(s: Shape) -> Config:
@@ -45,6 +51,28 @@ def queries_config(s: Shape) -> Config:
     if s.size <= 128:
         return Config(64, 64, 8, 2)
     return Config(32, 32, 4, 1)
+
+
+def is_decode(L: int, S: int, G: int) -> bool:
+    """Whether the keys are split: few queries (rows of a tile: queries times heads of a group), keys for several splits."""
+    return 1 <= L <= 16 and L * G <= 64 and S > 2 * SPLIT
+
+
+def split_size(S: int) -> int:
+    """Keys of one split: a power of two from SPLIT on, such that there are at most 64 splits to combine."""
+    size = SPLIT
+    while size * 64 < S:
+        size *= 2
+    return size
+
+
+def decode_config(s: Shape, rows: int) -> Config:
+    block_m = 16
+    while block_m < rows:
+        block_m *= 2
+    if s.bytes == 4:
+        return Config(block_m, 32, 4, 2)
+    return Config(block_m, 64 if s.size <= 128 else 32, 4, 3)
 
 
 def forward_config(s: Shape) -> Config:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from seqkern.ops._attention_backends import triton_declines
 from seqkern.spec import attention as spec
 from seqkern.spec.attention import Options, Tensors
 
@@ -107,6 +108,40 @@ def run_spec_backward(grad_output, grad_lse, grad_weights, output, lse, *rest) -
     return tuple(out if x is None or out.shape != x.shape else out.copy_(x) for out, x in zip(outs, found))
 
 
+def run_triton(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The op, computed by the Triton kernels."""
+    from seqkern.kernels import serve
+
+    t, o = split(arguments)
+    outs = empty_outputs(t, o)
+    serve.forward(t, o, *outs)
+    return outs
+
+
+def run_triton_backward(grad_output, grad_lse, grad_weights, output, lse, *rest) -> tuple[Tensor, ...]:
+    """The backward op, computed by the Triton kernels, which know no gradient of the weights."""
+    from seqkern.kernels import serve
+
+    t, o = split(rest[: -len(NEEDS)])
+    needs = rest[-len(NEEDS) :]
+    present = (True, True, *(getattr(t, name) is not None for name in GRADIENTS[3:]))
+    needs = [need and there for need, there in zip(needs, present)]
+    outs = empty_gradients(t, needs)
+    serve.backward(t, o, grad_output, grad_lse, output, lse, outs, needs)
+    return outs
+
+
+def _run_cuda(*arguments):
+    return (run_spec if triton_declines(*split(arguments)) else run_triton)(*arguments)
+
+
+def _run_cuda_backward(*arguments):
+    declined = arguments[2] is not None or triton_declines(*split(arguments[5 : -len(NEEDS)]))
+    return (run_spec_backward if declined else run_triton_backward)(*arguments)
+
+
+_LIBRARY.impl("attention", _run_cuda, "CUDA")
+_LIBRARY.impl("attention_backward", _run_cuda_backward, "CUDA")
 _LIBRARY.impl("attention", run_spec, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_backward", run_spec_backward, "CompositeExplicitAutograd")
 
