@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
-NOT_HERE := not slow and not gpu
+NOT_HERE := not slow and not gpu and not interpreter
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) -q tests
 SANITIZED := build/sanitize/lib
 PRELOAD = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so)
 
@@ -19,9 +20,11 @@ demo: native  ## train a character language model on torch and on seqkern, side 
 
 test: native $(VENV)/dev.stamp  ## the tests and the examples in docstrings
 	$(PYTEST) -q -m "$(NOT_HERE)" --doctest-modules python/seqkern tests
+	$(INTERPRETED) -m "interpreter and not slow"
 
 test-full: native $(VENV)/dev.stamp  ## the same with the slow ones
-	$(PYTEST) -q -m "not gpu" --doctest-modules python/seqkern tests
+	$(PYTEST) -q -m "not gpu and not interpreter" --doctest-modules python/seqkern tests
+	$(INTERPRETED) -m interpreter
 
 check: native $(VENV)/dev.stamp  ## format, lint, types, structure, and the compiled part under sanitizers
 	$(BIN)/ruff check .

@@ -23,8 +23,8 @@ from seqkern.kernels.tuning_attention import forward_config
 
 
 @triton.jit
-def softmax_block(acc, m, l, x, v, keep, mods):
-    """Takes a block of scores [M, N] (units of log 2, -inf where hidden) and values [N, DV] into the running softmax."""
+def softmax_block(acc, m, l, x, keep, mods):
+    """A block of scores [M, N] (units of log 2, -inf where hidden) joins the running softmax; p weighs its values."""
     top = tl.maximum(m, tl.max(x, 1))
     shift = tl.where(top == -float("inf"), 0.0, top)
     p = tl.exp2(x - shift[:, None])
@@ -42,7 +42,7 @@ def attend(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """The keys lo..hi for queries q [M, BLOCK_D]; i and h are columns [M, 1]. EDGE: some of them are hidden by place."""
+    """The keys lo..hi for queries q [M, BLOCK_D]; i and h are columns [M, 1]. EDGE: some are hidden by their place."""
     MASKED: tl.constexpr = EDGE or mods.mask is not None
     for first in tl.range(lo, hi, BLOCK_N):
         r = first + tl.arange(0, BLOCK_N)
@@ -62,7 +62,7 @@ def attend(
         keep = None
         if mods.seed is not None:
             keep = kept(b, h, i, first, mods, BLOCK_N, False)
-        acc, m, l, p = softmax_block(acc, m, l, x, vv, keep, mods)
+        acc, m, l, p = softmax_block(acc, m, l, x, keep, mods)
         acc = tl.dot(p.to(vv.dtype), vv, acc, input_precision=PRECISION)
     return acc, m, l
 

@@ -1,7 +1,7 @@
 """Attention backward: gradients of keys and values, of queries, and of a bias, each summed by one program alone.
 
-The weights are computed again from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135). Nothing is added by atomics: the
-result is the same in every run. With w the weights after dropout, g the gradient of the output:
+The weights are computed again from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135). Nothing is added by atomics:
+the result is the same in every run. With w the weights after dropout, g the gradient of the output:
 
     dv = w^T g       ds = p (drop(g v^T) - delta)       delta = rowsum(o g) - dlse       dq = ds k       dk = ds^T q
 """
@@ -32,12 +32,12 @@ def delta_kernel(
     o, do, dlse, delta, packed, sizes, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     """What the softmax takes back from every weight of a row: rowsum(o g), less the gradient of lse."""
-    L, S, Hq, G = sizes
+    L, S, Hq, _ = sizes
     blocks = tl.cdiv(L, BLOCK_M)
     at = tl.program_id(0)
     h = at // blocks % Hq
     b = at // blocks // Hq
-    begin_q, begin_k, L, S = sequence(b, L, S, packed)
+    begin_q, _, L, S = sequence(b, L, S, packed)
     r = at % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     r64 = r.to(tl.int64)
     base_o = b.to(tl.int64) * o.batch + h.to(tl.int64) * o.head + begin_q * o.row
@@ -345,7 +345,7 @@ def backward_launches(
 ) -> tuple[list[Launch], dict]:
     """What `backward` launches in turn, and the buffers that it sums afterwards."""
     call = prepare(t, o)
-    dq, dk, dv, dbias, dslopes, _ = gradients
+    dq, dk, dv, dbias, _, _ = gradients
     need_query, need_key_value, need_bias, need_slopes, _ = needs
     g = torch.zeros_like(output) if grad_output is None else unit_last(grad_output)
     delta = torch.empty_like(lse)
@@ -387,7 +387,7 @@ def backward_launches(
     if need_key_value:
         config = keys_config(call.shape)
         programs = triton.cdiv(call.S, config.block_n) * (call.Hq // call.G) * call.B
-        own = dict(dk=operand(dk), dv=operand(dv), BLOCK_M=config.block_m, BLOCK_N=config.block_n)
+        own = {"dk": operand(dk), "dv": operand(dv), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         launches.append(Launch(keys_kernel, programs, common | own, config.num_warps, config.num_stages))
     full = tuple(t.bias.shape) == (call.B, call.Hq, call.L, call.S) if need_bias else False
     if need_query or need_slopes or full:
@@ -395,13 +395,13 @@ def backward_launches(
         programs = triton.cdiv(call.L, config.block_m) * call.Hq * call.B
         if need_slopes:
             buffers["slopes"] = torch.zeros((call.B, call.Hq, call.L), device=lse.device)
-        own = dict(
-            dq=operand(dq if need_query else torch.empty_like(call.q)),
-            dslopes=buffers.get("slopes"),
-            dbias=plane(dbias.zero_()) if full else None,  # blocks that nobody sees are not visited
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-        )
+        own = {
+            "dq": operand(dq if need_query else torch.empty_like(call.q)),
+            "dslopes": buffers.get("slopes"),
+            "dbias": plane(dbias.zero_()) if full else None,  # blocks that nobody sees are not visited
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+        }
         launches.append(Launch(queries_kernel, programs, common | own, config.num_warps, config.num_stages))
     if need_bias and not full:
         over_l, over_s = (t.bias.shape[n] == 1 for n in (2, 3))
@@ -412,14 +412,14 @@ def backward_launches(
         shape = [*lead, 1 if over_l else call.L, 1 if over_s else call.S]
         part = dbias if joint else torch.empty(shape, device=lse.device, dtype=torch.float32)
         buffers |= {} if joint else {"bias": part}
-        own = dict(
-            dbias=plane(part),
-            shared=over,
-            OVER_L=over_l,
-            OVER_S=over_s,
-            BLOCK_M=BIAS_BLOCK,
-            BLOCK_N=BIAS_BLOCK,
-        )
+        own = {
+            "dbias": plane(part),
+            "shared": over,
+            "OVER_L": over_l,
+            "OVER_S": over_s,
+            "BLOCK_M": BIAS_BLOCK,
+            "BLOCK_N": BIAS_BLOCK,
+        }
         tiles = (1 if over_l else triton.cdiv(call.L, BIAS_BLOCK)) * (
             1 if over_s else triton.cdiv(call.S, BIAS_BLOCK)
         )

@@ -1,7 +1,8 @@
 """Attention of few queries to many keys: the keys are split among programs, whose parts are then combined.
 
-One program serves all queries and all heads that read one key head, so that each key is read once (a row of its tile is
-a query of a head). Where the keys are split depends on their number alone. Split keys: Dao et al. 2023, "Flash-Decoding".
+One program serves all queries and all heads that read one key head, so that each key is read once (a row of its tile
+is a query of a head). Where the keys are split depends on their number alone. Split keys:
+Dao et al. 2023, "Flash-Decoding".
 """
 
 import torch
@@ -55,13 +56,13 @@ def combine_kernel(
     part, part_lse, o, lse, sinks, packed, sizes, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr
 ):
     """The parts of one query of one head, each weighed by its share of the denominator."""
-    L, S, Hq, G = sizes
+    L, S, Hq, _ = sizes
     longest = L
     at = tl.program_id(0)
     i = at % longest
     h = at // longest % Hq
     b = at // longest // Hq
-    begin_q, begin_k, L, S = sequence(b, L, S, packed)
+    begin_q, _, L, S = sequence(b, L, S, packed)
     if i < L:
         row = at.to(tl.int64) * splits
         c = tl.arange(0, BLOCK_DV)
@@ -115,18 +116,18 @@ def decode_launches(t, o, output, lse) -> list[Launch]:
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
     )
-    combine = dict(
-        part=part,
-        part_lse=part_lse,
-        o=operand(output),
-        lse=call.row_values(lse),
-        sinks=call.sinks,
-        packed=call.packed,
-        sizes=sizes,
-        splits=splits,
-        DV=DV,
-        BLOCK_DV=call.constants["BLOCK_DV"],
-    )
+    combine = {
+        "part": part,
+        "part_lse": part_lse,
+        "o": operand(output),
+        "lse": call.row_values(lse),
+        "sinks": call.sinks,
+        "packed": call.packed,
+        "sizes": sizes,
+        "splits": splits,
+        "DV": DV,
+        "BLOCK_DV": call.constants["BLOCK_DV"],
+    }
     heads = call.B * (call.Hq // call.G)
     return [
         Launch(decode_kernel, splits * heads, split, config.num_warps, config.num_stages),

@@ -1,8 +1,8 @@
 """What may stand between q k^T and the weights: small functions of one tile, absent ones compiled away.
 
-A tile lies with its queries along either axis: `i` (query), `j` (key) and, where rows belong to several heads, `h` come as
-columns and rows of indices that broadcast against each other. `d` is the diagonal: the place of query i is key i + d.
-An option that a call does not use is None in `Mods`.
+A tile lies with its queries along either axis: `i` (query), `j` (key) and, where rows belong to several heads, `h` come
+as columns and rows of indices that broadcast against each other. `d` is the diagonal: the place of query i is key
+i + d. An option that a call does not use is None in `Mods`.
 """
 
 from typing import Any, NamedTuple

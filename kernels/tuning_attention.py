@@ -54,7 +54,7 @@ def queries_config(s: Shape) -> Config:
 
 
 def is_decode(L: int, S: int, G: int) -> bool:
-    """Whether the keys are split: few queries (rows of a tile: queries times heads of a group), keys for several splits."""
+    """Whether the keys are split: queries times heads of a group fit a tile, and the keys make several splits."""
     return 1 <= L <= 16 and L * G <= 64 and S > 2 * SPLIT
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import seqkern
-from seqkern.ops import _library
+from seqkern.ops import _backend, _library
 
 NATIVE = _library.native()
 CPU = [f"cpu-{isa}" for isa in NATIVE.isas()] if NATIVE else []
@@ -23,12 +23,23 @@ def run_on(request):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without compiled kernels their tests are not collected; test_structure says whether they should be there."""
-    if NATIVE is not None:
-        return
-    needing = [i for i in items if i.get_closest_marker("native") or i.get_closest_marker("built")]
-    config.hook.pytest_deselected(items=needing)
-    items[:] = [i for i in items if i not in needing]
+    """What cannot run here is not collected: test_structure says whether compiled kernels should be there, the
+    Makefile runs the interpreter's tests in a process of their own and a GPU's where there is one."""
+    absent = set()
+    if NATIVE is None:
+        absent |= {"native", "built"}
+    if not _backend.INTERPRETED:
+        absent.add("interpreter")
+    if not torch.cuda.is_available():
+        absent.add("gpu")
+    either = {"gpu", "interpreter"}  # a test marked with both runs in either
+
+    def can_run(item):
+        marks = {mark.name for mark in item.iter_markers()}
+        return not (marks & absent - either) and (not marks & either or bool(marks & either - absent))
+
+    config.hook.pytest_deselected(items=[i for i in items if not can_run(i)])
+    items[:] = [i for i in items if can_run(i)]
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,14 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from seqkern.spec.attention import Options, Tensors
 
 TRITON_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 LARGEST_HEAD = 256
+PLAIN = frozenset((Tensor, Parameter))
 
 
 class Wanted(NamedTuple):
@@ -52,9 +55,7 @@ def triton_missing() -> str:
     """Why no Triton kernel can run on this machine's GPU; empty if it can."""
     if find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
-    if not torch.cuda.is_available():
-        return "torch finds no GPU"
-    return ""
+    return "" if torch.cuda.is_available() else "torch finds no GPU"
 
 
 def triton_declines(t: Tensors, o: Options) -> str | None:
@@ -63,6 +64,13 @@ def triton_declines(t: Tensors, o: Options) -> str | None:
         return f"the tensors are on {query.device}, not on a GPU"
     if reason := triton_missing():
         return reason
+    if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(query.device)} is older than compute capability 8.0"
+    for x in t:
+        if x is not None and type(x) not in PLAIN and not torch.compiler.is_compiling():
+            return f"a tensor is a {type(x).__name__}"
+        if x is not None and x.layout is not torch.strided:
+            return f"a tensor has layout {x.layout}"
     return triton_shape_declines(t, o)
 
 

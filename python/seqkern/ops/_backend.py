@@ -29,6 +29,8 @@ CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.floa
 VARIABLE = "SEQKERN_BACKEND"
 PLAIN = frozenset((Tensor, Parameter))
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU, slowly, for tests
+
 CPU_READY = _library.native() is not None
 CPU_MISSING = _library.why_missing()
 

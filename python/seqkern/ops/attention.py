@@ -17,6 +17,7 @@ A backend adds an implementation for its device; where none has, the spec runs.
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def run_spec_backward(grad_output, grad_lse, grad_weights, output, lse, *rest) -
 
 def run_triton(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The op, computed by the Triton kernels."""
-    from seqkern.kernels import serve
+    serve = import_module("seqkern.kernels.serve")
 
     t, o = split(arguments)
     outs = empty_outputs(t, o)
@@ -120,7 +121,7 @@ def run_triton(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 def run_triton_backward(grad_output, grad_lse, grad_weights, output, lse, *rest) -> tuple[Tensor, ...]:
     """The backward op, computed by the Triton kernels, which know no gradient of the weights."""
-    from seqkern.kernels import serve
+    serve = import_module("seqkern.kernels.serve")
 
     t, o = split(rest[: -len(NEEDS)])
     needs = rest[-len(NEEDS) :]

@@ -1,4 +1,6 @@
-"""The attention kernels in Triton's interpreter against the float64 spec.
+"""The attention kernels against a float64 oracle: in Triton's interpreter on a CPU, or on the GPU that is here.
+
+TRITON_INTERPRET=1 python -m pytest -m interpreter tests      python -m pytest -m gpu tests
 
 bfloat16 is left to the GPU: the interpreter's tl.dot is wrong on it.
 """
@@ -10,13 +12,25 @@ from hypothesis import strategies as st
 
 from seqkern.kernels import decode
 from seqkern.kernels.tuning_attention import is_decode
+from seqkern.ops import _backend
 from seqkern.ops.attention import NEEDS, empty_outputs, run_triton, run_triton_backward
 from seqkern.spec import attention as spec
 from seqkern.spec.attention import Tensors
 from seqkern.testing import assert_close, relative_rms
-from seqkern.testing_attention import OPTIONS, SHAPES, Case, check, make_case, run
+from seqkern.testing_attention import OPTIONS, SHAPES, Case, check, run
+from seqkern.testing_attention import make_case as make_case_on_cpu
 
-DTYPES = [torch.float32, torch.float16]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.interpreter,
+    pytest.mark.filterwarnings(
+        "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"
+    ),  # Triton's
+]
+
+DEVICE = "cpu" if _backend.INTERPRETED else "cuda"
+HALVES = (torch.float16,) if DEVICE == "cpu" else (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALVES)
 PACKED = ((2, 3), (0, 2), (3, 0), (36, 33))
 SMALL = {"Hq": 2, "Hkv": 1, "L": 36, "S": 33, "D": 20, "Dv": 17}
 # of several blocks along both axes, wholly visible, partly visible and skipped
@@ -34,6 +48,10 @@ kernels = (run_triton, run_triton_backward)
 
 def named(dtype):
     return str(dtype)[6:]
+
+
+def make_case(*args, **options):
+    return make_case_on_cpu(*args, **options).on(DEVICE)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -116,7 +134,7 @@ def test_any_shape_and_options(data, dtype, groups, L, S, D, Dv):
 
 def outputs_of(case, function):
     t, o = case.tensors, case.options
-    output, lse, weights = empty_outputs(t, o)
+    output, lse, _ = empty_outputs(t, o)
     for x in (output, lse):
         x.fill_(torch.nan)
     function(t, o, output, lse)
@@ -164,7 +182,7 @@ def laid_out(x, how):
         return torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0]
     if how == "expanded":
         return x[:1].expand(x.shape)
-    wide = torch.full((x.numel() + 1,), torch.nan, dtype=x.dtype)  # "offset": no alignment
+    wide = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)  # "offset": no alignment
     wide[1:] = x.reshape(-1)
     return wide[1:].view(x.shape)
 
@@ -190,7 +208,7 @@ def test_offsets_beyond_32_bits(which):
     far = 2**27 + 8  # 17 rows apart lie past 2^31 elements; only the rows themselves are ever touched
 
     def spread(x):
-        wide = torch.empty(far * 17 + 16, dtype=x.dtype).as_strided(x.shape, (0, 0, far, 1))
+        wide = torch.empty(far * 17 + 16, dtype=x.dtype, device=DEVICE).as_strided(x.shape, (0, 0, far, 1))
         return wide.copy_(x)
 
     if which == "grad_output":
