@@ -91,10 +91,14 @@ def grad_scores(
 def keys_block(
     dk, dv, kk, vv, q, do, lse, delta, base_q, base_do, b, h, begin_q, j, first_key, L, S, d, lo, hi, scale, mods,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The queries lo..hi of one head for a block of keys. Tiles lie transposed: keys down, queries across."""
-    MASKED: tl.constexpr = EDGE or mods.mask is not None
+    """The queries lo..hi of one head for a block of keys. Tiles lie transposed: keys down, queries across.
+
+    Where there is a window every tile is held against it: a loop of its own for tiles that are seen wholly took more
+    registers than there are. Rows past the end weigh nothing (`log2_denominator`), keys past the end are not stored.
+    """
+    MASKED: tl.constexpr = mods.left is not None or mods.right is not None or mods.mask is not None
     for first in tl.range(lo, hi, BLOCK_M):
         r = first + tl.arange(0, BLOCK_M)
         r64 = r.to(tl.int64)
@@ -145,23 +149,14 @@ def keys_kernel(
         vv = rows(v.p + base_v, r64 * v.row, r < S, DV, BLOCK_DV)
         dkk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dvv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-        lo, full_lo, full_hi, hi = query_range(first, tl.minimum(first + BLOCK_N, S) - 1, L, d, mods, BLOCK_M)
+        lo, hi = query_range(first, tl.minimum(first + BLOCK_N, S) - 1, L, d, mods, BLOCK_M)
         for g in range(0, G):
             h = h_kv * G + g
             base_q = b.to(tl.int64) * q.batch + h.to(tl.int64) * q.head + begin_q * q.row
             base_do = b.to(tl.int64) * do.batch + h.to(tl.int64) * do.head + begin_q * do.row
-            if mods.right is not None:
-                dkk, dvv = keys_block(
-                    dkk, dvv, kk, vv, q, do, lse, delta, base_q, base_do, b, h, begin_q, j, first, L, S, d, lo,
-                    tl.minimum(full_lo, hi), scale, mods, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, True,
-                )  # fmt: skip
             dkk, dvv = keys_block(
-                dkk, dvv, kk, vv, q, do, lse, delta, base_q, base_do, b, h, begin_q, j, first, L, S, d, full_lo,
-                full_hi, scale, mods, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, False,
-            )  # fmt: skip
-            dkk, dvv = keys_block(
-                dkk, dvv, kk, vv, q, do, lse, delta, base_q, base_do, b, h, begin_q, j, first, L, S, d, full_hi,
-                hi, scale, mods, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, True,
+                dkk, dvv, kk, vv, q, do, lse, delta, base_q, base_do, b, h, begin_q, j, first, L, S, d, lo, hi,
+                scale, mods, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
         base_dk = b.to(tl.int64) * dk.batch + h_kv.to(tl.int64) * dk.head + begin_k * dk.row
         base_dv = b.to(tl.int64) * dv.batch + h_kv.to(tl.int64) * dv.head + begin_k * dv.row

@@ -189,18 +189,11 @@ def key_range(first, last, S, d, mods, BLOCK: tl.constexpr):
 
 @triton.jit
 def query_range(first, last, L, d, mods, BLOCK: tl.constexpr):
-    """The same of queries, for keys first..last: key j is seen by the queries j - d - right .. j - d + left."""
+    """Blocks of queries that see some of the keys first..last: key j is seen by j - d - right .. j - d + left."""
     lo = 0
     hi = L
     if mods.right is not None:
         lo = tl.maximum(first - d - mods.right, 0) // BLOCK * BLOCK
     if mods.left is not None:
         hi = tl.minimum(hi, tl.maximum(last - d + mods.left + 1, 0))
-    end = tl.cdiv(tl.maximum(hi, lo), BLOCK) * BLOCK
-    full_lo = lo
-    full_hi = hi // BLOCK * BLOCK
-    if mods.right is not None:
-        full_lo = tl.minimum(tl.cdiv(tl.maximum(last - d - mods.right, 0), BLOCK) * BLOCK, end)
-    if mods.left is not None:
-        full_hi = tl.minimum(full_hi, tl.maximum(first - d + mods.left + 1, 0) // BLOCK * BLOCK)
-    return lo, full_lo, tl.maximum(full_hi, full_lo), hi
+    return lo, hi
