@@ -295,7 +295,9 @@ def bias_kernel(
             gg = rows(do.p + base_do, r64 * do.row, r < length, DV, BLOCK_DV)
             lse_2 = log2_denominator(lse, b, h, begin_q, r, length)[:, None]
             back = row_value(delta, b, h, begin_q, r, length, 0.0)[:, None]
-            lo, _, _, hi = key_range(first, tl.minimum(first + BLOCK_M, length) - 1, keys, d, mods, BLOCK_N)
+            lo, _lo, _hi, hi = key_range(
+                first, tl.minimum(first + BLOCK_M, length) - 1, keys, d, mods, BLOCK_N
+            )
             if not OVER_S:
                 lo = tl.maximum(lo, column * BLOCK_N)
                 hi = tl.minimum(hi, column * BLOCK_N + BLOCK_N)
@@ -310,7 +312,7 @@ def bias_kernel(
                 vv = rows(v.p + base_v, c64 * v.row, ok, DV, BLOCK_DV)
                 x = tl.dot(qq, tl.trans(kk), input_precision=PRECISION)
                 dw = tl.dot(gg, tl.trans(vv), input_precision=PRECISION)
-                _, ds, _ = grad_scores(
+                _w, ds, _slope = grad_scores(
                     x, dw, lse_2, back, b, h, i, j, i, first_key, d, inside, see, scale, mods, BLOCK_N, False
                 )
                 total += ds

@@ -34,7 +34,7 @@ OPTIONS = {
     },
     "shared bias": {"bias": "batch shared"},
 }
-TENSOR = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA"}}
+TENSOR = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # the others' blocks are too small for a warp group
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -128,8 +128,8 @@ def test_budget(case):
     row = compiled(case)
     assert row["spills"] == 0, row
     assert row["shared"] <= SHARED_LIMIT[case.arch], row
-    if case.kernel not in ("delta", "combine") and case.dtype != "float32":
-        assert set(row["tensor"].split("+")) & TENSOR[case.arch], row
+    if case.dtype != "float32":  # which is multiplied exactly, without tensor instructions
+        assert row["tensor"] in ({TENSOR[case.arch]} if case.kernel in SWEEP else {*TENSOR.values(), ""}), row
     known = table()[case]
     if known["triton"] == row["triton"]:
         for name, slack in (("registers", 1.05), ("shared", 1.0), ("instructions", 1.05)):
