@@ -342,7 +342,8 @@ def backward_launches(
 ) -> tuple[list[Launch], dict]:
     """What `backward` launches in turn, and the buffers that it sums afterwards."""
     call = prepare(t, o)
-    dq, dk, dv, dbias, _, _ = gradients
+    dq, dk, dv, *others = gradients
+    dbias = others[0] if others else None
     need_query, need_key_value, need_bias, need_slopes, _ = needs
     g = torch.zeros_like(output) if grad_output is None else unit_last(grad_output)
     delta = torch.empty_like(lse)
@@ -429,7 +430,7 @@ def backward(t, o, grad_output, grad_lse, output, lse, gradients, needs) -> None
     launches, buffers = backward_launches(t, o, grad_output, grad_lse, output, lse, gradients, needs)
     for launch in launches:
         run(launch)
-    _, _, _, dbias, dslopes, dsinks = gradients
+    dbias, dslopes, dsinks = gradients[3:] or (None, None, None)
     if "bias" in buffers:
         dbias.copy_(buffers["bias"].sum_to_size(dbias.shape))
     if "slopes" in buffers:

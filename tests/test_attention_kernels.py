@@ -92,9 +92,9 @@ def test_head_sizes(D, Dv):
 
 
 @pytest.mark.parametrize(
-    "shape", [{"B": 0}, {"L": 0}, {"S": 0}, {"L": 1, "S": 1}, {"Hq": 6, "Hkv": 3, "L": 1}]
+    "shape", [{"B": 0}, {"L": 0}, {"S": 0}, {"Hq": 0}, {"L": 1, "S": 1}, {"Hq": 6, "Hkv": 3, "L": 1}]
 )
-@pytest.mark.parametrize("options", ["plain", "causal", "sinks", "bias, keys"])
+@pytest.mark.parametrize("options", ["plain", "causal", "sinks", "bias, keys", "mask and bias"])
 def test_small_and_empty(options, shape):
     check(make_case(**{"D": 16, **shape}, **OPTIONS[options]), *kernels)
 

@@ -95,7 +95,7 @@ def backward(
             x.copy_(d)
     else:
         serve = import_module("seqkern.kernels.serve")
-        serve.backward(t, o, grad_out, None, out, logsumexp, (*found, None, None, None), needs)
+        serve.backward(t, o, grad_out, None, out, logsumexp, found, needs)
     return found  # type: ignore[return-value]
 
 

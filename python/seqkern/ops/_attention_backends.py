@@ -51,21 +51,35 @@ def torch_declines(t: Tensors, wanted: Wanted) -> str | None:
     return None
 
 
-def triton_missing() -> str:
-    """Why no Triton kernel can run on this machine's GPU; empty if it can."""
-    if find_spec("triton") is None:
-        return "Triton is not installed; pip install triton"
-    return "" if torch.cuda.is_available() else "torch finds no GPU"
+def _find_triton() -> str:
+    try:
+        found = find_spec("triton")
+    except (ImportError, ValueError):  # blocked, or None in sys.modules
+        found = None
+    return "" if found else "Triton is not installed; pip install triton"
+
+
+TRITON_MISSING = _find_triton()
+
+
+def _too_old(index: int) -> str:
+    """Why a GPU cannot run the kernels; empty if it can. A compiler takes the answer as it is."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0):
+        return ""
+    return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0"
+
+
+_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def triton_declines(t: Tensors, o: Options) -> str | None:
     query = t.query
     if query.device.type != "cuda":
         return f"the tensors are on {query.device}, not on a GPU"
-    if reason := triton_missing():
+    if TRITON_MISSING:
+        return TRITON_MISSING
+    if reason := _too_old(query.device.index or 0):
         return reason
-    if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
-        return f"{torch.cuda.get_device_name(query.device)} is older than compute capability 8.0"
     for x in t:
         if x is not None and type(x) not in PLAIN and not torch.compiler.is_compiling():
             return f"a tensor is a {type(x).__name__}"
