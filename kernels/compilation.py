@@ -17,9 +17,10 @@ from triton.backends.compiler import GPUTarget
 
 SHARED_LIMIT = {
     80: 163 * 1024,
+    89: 99 * 1024,
     90: 227 * 1024,
     100: 227 * 1024,
-}  # bytes for one program, of CUDA's programming guide
+}  # of one program, by CUDA's guide
 
 
 class Resources(NamedTuple):

@@ -6,11 +6,9 @@ from typing import NamedTuple
 class Shape(NamedTuple):
     """What a configuration may depend on."""
 
-    arch: int  #: compute capability, 80, 90, 100
+    arch: int  #: compute capability, such as 90
     bytes: int  #: of an element of query, key and value
     size: int  #: the larger head size, rounded up to a power of two
-    L: int
-    S: int
     extras: int  #: how many of mask, bias and dropout are there: each holds registers for a tile
 
 
@@ -23,12 +21,10 @@ class Config(NamedTuple):
 
 SPLIT = 256  # the least keys of a split: four blocks, so that reading them hides the start of a program
 DELTA_ROWS = (
-    64  # rows of output and its gradient that a program reads: enough loads in flight, and no tile to hold
+    64  # rows of output and its gradient that a program reads: enough loads in flight, no tile to hold
 )
 WEIGHTS_BLOCK = 64  # queries and keys of a block of weights that a program writes
-BIAS_BLOCK = (
-    32  # queries and keys of a block whose gradient a program holds while it sums over batches and heads
-)
+BIAS_BLOCK = 32  # queries and keys of a block whose gradient a program holds over all batches and heads
 
 
 # The largest of the tried blocks that the compiler fits into registers without spilling: for causal calls and, in the
@@ -62,7 +58,7 @@ QUERIES = {
 # stages keep the passing operands in shared memory, which freed registers where one stage spilled.
 FLOAT32 = {
     "forward": {64: Config(64, 32, 8, 2), 128: Config(32, 16, 8, 1), 256: Config(32, 16, 8, 1)},
-    "keys": {64: Config(32, 32, 16, 2), 128: Config(32, 32, 16, 2), 256: Config(16, 32, 16, 2)},
+    "keys": {64: Config(32, 32, 16, 2), 128: Config(32, 32, 16, 2), 256: Config(16, 16, 4, 2)},
     "queries": {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 2)},
 }
 DECODE = {64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 3)}  # head size -> block_n, num_warps, num_stages

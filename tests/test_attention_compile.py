@@ -34,7 +34,12 @@ OPTIONS = {
     },
     "shared bias": {"bias": "batch shared"},
 }
-TENSOR = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # the others' blocks are too small for a warp group
+TENSOR = {
+    80: "HMMA",
+    89: "HMMA",
+    90: "HGMMA",
+    100: "UTCHMMA",
+}  # the others' blocks are too small for a warp group
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -74,6 +79,7 @@ SLOW = [
     *cases(ALL, SWEEP, ["bfloat16"], [256], ["causal"]),
     *cases(ALL, SWEEP, ["bfloat16"], [128], ["full", "everything"]),
     *cases(ALL, SWEEP, ["float32"], [128, 256], ["causal"]),
+    *cases([89], SWEEP, ["bfloat16", "float32"], [128, 256], ["causal"]),
     *cases(ALL, ["decode"], ["bfloat16"], [64, 128, 256], ["full"]),
     *cases([90], ["weights", "delta", "combine"], ["bfloat16"], [128], ["full"]),
 ]
