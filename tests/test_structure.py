@@ -25,7 +25,7 @@ FLOORS = {
     2: {"functional"},
     3: {"nn"},
     4: {"swap", "testing", "report", "charmodel"},
-    5: {"integrations", "explanation", "tune", "distributed"},
+    5: {"integrations", "explanation", "tune", "distributed", "testing_attention"},
     6: {"verification", "bench"},
     7: {"demo"},
     8: {"cli"},
@@ -117,6 +117,8 @@ def test_works_without_triton_and_without_compiled_kernels():
         "output, _ = lstm(torch.zeros(2, 1, 3))\n"
         "output.sum().backward()\n"
         "assert lstm.weight_hh_l0.grad is not None\n"
+        "q = torch.zeros(1, 1, 2, 4)\n"
+        "seqkern.functional.attention(q, q, q, softcap=1.0)\n"
         "from seqkern.ops import _library\n"
         "assert _library.native() is None and _library.why_missing()\n"
         "print(tuple(output.shape))\n"
@@ -140,6 +142,8 @@ def test_import_swaps_nothing_and_stays_light():
         "heavy = new & {'triton', 'matplotlib', 'rich', 'typer', 'onnx', 'onnxruntime', 'hypothesis', 'pytest'}\n"
         "assert not heavy, heavy\n"
         "assert not torch.cuda.is_initialized()\n"
+        "seqkern.functional.attention\n"
+        "assert 'triton' not in sys.modules and 'seqkern.kernels' not in sys.modules\n"
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from seqkern.ops import _library
+from seqkern.ops import _attention_backends, _library
 
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}
@@ -57,8 +57,9 @@ TRITON_MISSING = _why_no_triton()
 class Call(NamedTuple):
     """What a backend is asked to serve."""
 
-    op: str  # "lstm", "gru", "rnn_tanh", "rnn_relu", and the same with "_cell"
-    tensors: tuple[Tensor | None, ...]  # the input first, then states and weights
+    op: str  # "lstm", "gru", "rnn_tanh", "rnn_relu", the same with "_cell", "attention"
+    tensors: tuple[Tensor | None, ...]  # the input first, then states and weights; `Tensors` of attention
+    wanted: _attention_backends.Wanted | None = None  # of attention
 
 
 class Choice(NamedTuple):
@@ -214,6 +215,10 @@ def _decline_triton(call: Call) -> str | None:
 
 def declines(name: str, call: Call) -> str | None:
     """Why a backend cannot serve a call, or None if it can."""
+    if call.wanted is not None:
+        reason = _attention_backends.declines(name, call.tensors, call.wanted)  # type: ignore[arg-type]
+        transformed = name in ("cpu", "triton", "cuda") and not reason and in_transform()
+        return "a function transform or forward-mode differentiation is active" if transformed else reason
     if name == "cpu":
         return _decline_cpu(call)
     if name == "triton":
@@ -238,8 +243,6 @@ def leaves_cell_to_torch(op: str, tensors: Sequence[Tensor | None]) -> bool:
 
 def _cpu_avoids(call: Call) -> str | None:
     """Why the compiled kernels are left aside unless they are forced."""
-    if reason := _decline_cpu(call):
-        return reason
     if leaves_cell_to_torch(call.op, call.tensors):
         return "a gradient of so small a step is faster on torch's kernel"
     return None
@@ -249,6 +252,8 @@ def _torch_avoids(call: Call) -> str | None:
     """Why torch's kernel is left aside unless it is forced."""
     input = call.tensors[0]
     assert input is not None
+    if call.wanted is not None and call.wanted.only_torch:
+        return None
     if in_transform():
         return "a function transform or forward-mode differentiation is active, which not all of torch's kernels know"
     if torch.compiler.is_compiling() and call.op == "lstm" and input.is_cpu:
@@ -258,9 +263,7 @@ def _torch_avoids(call: Call) -> str | None:
 
 def _triton_avoids(call: Call) -> str | None:
     """Why the Triton kernels are left aside unless they are forced."""
-    return declines("triton", call) or (
-        "no GPU has shown it to be faster than torch's kernel yet; try it with seqkern.backend('triton')"
-    )
+    return "no GPU has shown it to be faster than torch's kernel yet; try it with seqkern.backend('triton')"
 
 
 def forced() -> str | None:
@@ -289,7 +292,7 @@ def choose(call: Call, name: str | None = None) -> Choice:
     assert input is not None
     declined, avoids = [], {"cpu": _cpu_avoids, "torch": _torch_avoids, "triton": _triton_avoids}
     for each in ORDER.get(input.device.type, ("torch", "reference")):
-        reason = avoids[each](call) if each in avoids else declines(each, call)
+        reason = declines(each, call) or (avoids[each](call) if each in avoids else None)
         if reason is None:
             return _seen(call, Choice(each, tuple(declined)))
         declined.append((each, reason))

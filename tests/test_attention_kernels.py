@@ -1,0 +1,275 @@
+"""The attention kernels against a float64 oracle: in Triton's interpreter on a CPU, or on the GPU that is here.
+
+TRITON_INTERPRET=1 python -m pytest -m interpreter tests      python -m pytest -m gpu tests
+
+bfloat16 is left to the GPU: the interpreter's tl.dot is wrong on it.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seqkern.kernels import decode
+from seqkern.kernels.tuning_attention import is_decode
+from seqkern.ops import _backend
+from seqkern.ops.attention import NEEDS, empty_outputs, run_triton, run_triton_backward
+from seqkern.spec import attention as spec
+from seqkern.spec.attention import Tensors
+from seqkern.testing import assert_close, relative_rms
+from seqkern.testing_attention import OPTIONS, SHAPES, Case, check, run
+from seqkern.testing_attention import make_case as make_case_on_cpu
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.interpreter,
+    pytest.mark.filterwarnings(
+        "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"
+    ),  # Triton's
+]
+
+DEVICE = "cpu" if _backend.INTERPRETED else "cuda"
+HALVES = (torch.float16,) if DEVICE == "cpu" else (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALVES)
+PACKED = ((2, 3), (0, 2), (3, 0), (36, 33))
+SMALL = {"Hq": 2, "Hkv": 1, "L": 36, "S": 33, "D": 20, "Dv": 17}
+# of several blocks along both axes, wholly visible, partly visible and skipped
+BANDS = {
+    "causal": {"causal": "top-left"},
+    "bottom-right": {"causal": "bottom-right"},
+    "window": {"window": (40, 10)},
+    "narrow window": {"window": (5, 0)},
+    "left of causal": {"window": (50, -1), "causal": "top-left"},
+    "window to the right": {"window": (-1, 35)},
+    "far window": {"window": (2**40, 2**40)},
+}
+kernels = (run_triton, run_triton_backward)
+
+
+def named(dtype):
+    return str(dtype)[6:]
+
+
+def make_case(*args, **options):
+    return make_case_on_cpu(*args, **options).on(DEVICE)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(options, packed):
+    lengths = PACKED if packed else ()
+    check(make_case(lengths=lengths, **SMALL, **OPTIONS[options]), *kernels)
+
+
+@pytest.mark.parametrize(
+    "options", ["plain", "everything", "bias, keys", "mask and bias", "sinks in a window"]
+)
+def test_half(options):
+    check(make_case(torch.float16, **SMALL, **OPTIONS[options]), *kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [16, 40, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_full_product(options, packed, dtype, D):
+    lengths = ((70, 90), (1, 40), (33, 1)) if packed else ()
+    sizes = {"Hq": 4, "Hkv": 2, "L": 70, "S": 90, "D": D, "Dv": D - 8}
+    check(make_case(dtype, lengths=lengths, **sizes, **OPTIONS[options]), *kernels)
+
+
+@pytest.mark.parametrize("size", [(130, 130), (70, 140), (140, 70)], ids=str)
+@pytest.mark.parametrize("band", BANDS)
+def test_bands(band, size):
+    L, S = size
+    check(make_case(B=1, Hq=1, Hkv=1, L=L, S=S, D=16, **BANDS[band]), *kernels)
+
+
+@pytest.mark.parametrize(("D", "Dv"), [(1, 1), (3, 16), (16, 100), (80, 64), (160, 256)])
+def test_head_sizes(D, Dv):
+    check(make_case(B=1, Hq=2, Hkv=1, L=9, S=35, D=D, Dv=Dv), *kernels)
+
+
+@pytest.mark.parametrize(
+    "shape", [{"B": 0}, {"L": 0}, {"S": 0}, {"Hq": 0}, {"L": 1, "S": 1}, {"Hq": 6, "Hkv": 3, "L": 1}]
+)
+@pytest.mark.parametrize("options", ["plain", "causal", "sinks", "bias, keys", "mask and bias"])
+def test_small_and_empty(options, shape):
+    check(make_case(**{"D": 16, **shape}, **OPTIONS[options]), *kernels)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    data=st.data(),
+    dtype=st.sampled_from(DTYPES),
+    groups=st.integers(1, 3),
+    L=st.integers(1, 40),
+    S=st.integers(1, 70),
+    D=st.integers(1, 40),
+    Dv=st.integers(1, 40),
+)
+def test_any_shape_and_options(data, dtype, groups, L, S, D, Dv):
+    shapes = st.sampled_from(["", *SHAPES])
+    case = make_case(
+        dtype,
+        B=2,
+        Hq=groups,
+        Hkv=1,
+        L=L,
+        S=S,
+        D=D,
+        Dv=Dv,
+        mask=data.draw(shapes),
+        bias=data.draw(shapes),
+        causal=data.draw(st.sampled_from(["", "top-left", "bottom-right"])),
+        window=data.draw(st.tuples(st.integers(-1, 40), st.integers(-1, 40))),
+        softcap=data.draw(st.sampled_from([0.0, 1.0])),
+        alibi=data.draw(st.integers(0, 2)),
+        sinks=data.draw(st.booleans()),
+        dropout_p=data.draw(st.sampled_from([0.0, 0.4])),
+    )
+    check(case, *kernels)
+
+
+def outputs_of(case, function):
+    t, o = case.tensors, case.options
+    output, lse, _ = empty_outputs(t, o)
+    for x in (output, lse):
+        x.fill_(torch.nan)
+    function(t, o, output, lse)
+    return output, lse
+
+
+@pytest.mark.parametrize("lengths", [(), ((2, 300), (0, 2), (3, 0), (1, 700))], ids=["dense", "packed"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_decode(options, lengths):
+    case = make_case(B=2, Hq=4, Hkv=2, L=3, S=700, D=20, Dv=17, lengths=lengths, **OPTIONS[options])
+    arguments = (*case.tensors, *case.options)
+    want = spec.attention(*case.to(torch.float64).tensors, *case.options)
+    rounded = spec.attention(*arguments)
+    names = ("output", "lse")
+
+    def finite(found):
+        return {name: torch.where(x == -torch.inf, 0.0, x) for name, x in zip(names, found)}
+
+    got, want, rounded = map(finite, (outputs_of(case, decode.decode), want, rounded))
+    errors = {name: relative_rms(rounded[name], want[name]) for name in names}
+    assert_close(got, want, errors)
+
+
+def test_decode_is_chosen_for_few_queries():
+    assert is_decode(1, 4096, 8) and is_decode(4, 1024, 4)
+    assert not is_decode(1, 512, 1) and not is_decode(17, 4096, 1) and not is_decode(8, 4096, 16)
+    case = make_case(B=1, Hq=8, Hkv=1, L=1, S=600, D=16, sinks=True)
+    check(case, *kernels)
+
+
+@pytest.mark.parametrize("weights", ["heads", "mean"])
+@pytest.mark.parametrize("options", ["plain", "everything", "sinks"])
+def test_weights(options, weights):
+    case = make_case(B=2, Hq=2, Hkv=1, L=70, S=66, weights=weights, **OPTIONS[options])
+    arguments = (*case.tensors, *case.options)
+    got = run_triton(*arguments)[2]
+    want = spec.attention(*case.to(torch.float64).tensors, *case.options)[2]
+    assert relative_rms(got, want) < 1e-6
+
+
+def laid_out(x, how):
+    if how == "heads last":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if how == "gapped":
+        return torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0]
+    if how == "expanded":
+        return x[:1].expand(x.shape)
+    wide = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)  # "offset": no alignment
+    wide[1:] = x.reshape(-1)
+    return wide[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("how", ["heads last", "gapped", "expanded", "offset"])
+def test_strides(how):
+    case = make_case(Hq=2, Hkv=2, L=9, S=9, D=16, mask="full", bias="full", sinks=True)
+    t = Tensors(*(x if x is None or x.dim() < 4 else laid_out(x, how) for x in case.tensors))
+    laid = Case(t, case.options, tuple(laid_out(g, how) if g.dim() == 4 else g for g in case.grads))
+    dense = Case(
+        Tensors(*(x if x is None else x.contiguous() for x in t)),
+        case.options,
+        tuple(g.contiguous() for g in laid.grads),
+    )
+    got, want = run(laid, *kernels), run(dense, *kernels)
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value", "grad_output"])
+def test_offsets_beyond_32_bits(which):
+    case = make_case(torch.float16, B=1, Hq=1, Hkv=1, L=18, S=18, D=16)
+    want = run(case, *kernels)
+    far = 2**27 + 8  # 17 rows apart lie past 2^31 elements; only the rows themselves are ever touched
+
+    def spread(x):
+        wide = torch.empty(far * 17 + 16, dtype=x.dtype, device=DEVICE).as_strided(x.shape, (0, 0, far, 1))
+        return wide.copy_(x)
+
+    if which == "grad_output":
+        case = Case(case.tensors, case.options, (spread(case.grads[0]), case.grads[1]))
+    else:
+        t = case.tensors
+        case = Case(t._replace(**{which: spread(getattr(t, which))}), case.options, case.grads)
+    got = run(case, *kernels)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("how", ["mask", "window", "causal", "packed"])
+def test_what_nobody_sees_may_be_nan(how):
+    more = {
+        "mask": {"mask": "keys"},
+        "window": {"window": (1, 0), "L": 3},
+        "causal": {"causal": "top-left", "L": 3},
+        "packed": {"lengths": ((3, 4), (0, 3), (2, 5))},
+    }
+    case = make_case(D=16, **more[how])
+    want = run(case, *kernels)
+    keys = slice(4, 7) if how == "packed" else 0 if how == "window" else -1
+    for x in (case.tensors.key, case.tensors.value):
+        (x if how == "packed" else x.transpose(0, 2))[keys] = torch.nan
+    got = run(case, *kernels)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("needed", NEEDS)
+@pytest.mark.parametrize("bias", ["full", "keys"])
+def test_only_what_is_needed(bias, needed):
+    case = make_case(B=1, Hq=2, Hkv=1, L=5, S=6, D=16, bias=bias, alibi=1, sinks=True)
+    arguments = (*case.tensors, *case.options)
+    output, lse, _ = run_triton(*arguments)
+
+    def gradients(needs):
+        return run_triton_backward(*case.grads, None, output, lse, *arguments, *needs)
+
+    every = gradients([True] * len(NEEDS))
+    owner = ["need_query", "need_key_value", "need_key_value", *NEEDS[2:]]
+    for name, got, want in zip(owner, gradients([n == needed for n in NEEDS]), every):
+        assert torch.equal(got, want) if name == needed else got.shape == (0,)
+
+
+def test_a_gradient_of_lse_alone():
+    case = make_case(torch.float32, L=5, S=6, D=16, sinks=True)
+    arguments = (*case.tensors, *case.options)
+    output, lse, _ = run_triton(*arguments)
+    got = run_triton_backward(None, case.grads[1], None, output, lse, *arguments, *([True] * len(NEEDS)))
+    want = spec.attention_backward((None, case.grads[1], None), *arguments)
+    for a, b in zip(got, want):
+        if b is not None:
+            torch.testing.assert_close(a, b)
+
+
+def test_packed_lengths_beyond_the_memory_are_cut():
+    """Where a GPU is not waited for, cu_seqlens are not checked: the kernels must not read past the tensors."""
+    case = make_case(D=16, lengths=((2, 3), (3, 4)))
+    wrong = case.tensors._replace(
+        cu_seqlens_q=torch.tensor([0, 2, 50]), cu_seqlens_k=torch.tensor([0, 3, 70])
+    )
+    wide = case.options._replace(max_seqlen_q=48, max_seqlen_k=67)
+    got, want = run_triton(*wrong, *wide), run_triton(*case.tensors, *case.options)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
