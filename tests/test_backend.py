@@ -33,7 +33,8 @@ def test_order_is_cpu_then_torch():
 @pytest.mark.parametrize(
     ("run", "name", "says"),
     [
-        (lambda m, x: m.bfloat16()(x.bfloat16()), "cpu", None),
+        (torch.no_grad()(lambda m, x: m.bfloat16()(x.bfloat16())), "cpu", None),
+        (lambda m, x: m(x), "torch", "gradient"),
         (lambda m, x: torch.func.vmap(m)(x[None]), "reference", "transform"),
         (lambda m, x: torch.func.jvp(m, (x,), (x,)), "reference", "transform"),
         (lambda m, x: m.to("meta")(x.to("meta")), "torch", None),
@@ -47,6 +48,12 @@ def test_declines_with_a_reason(run, name, says):
 
 
 @pytest.mark.built
+def test_a_large_step_keeps_its_gradient():
+    cell = seqkern.nn.GRUCell(1200, 1000)
+    assert [c.name for c in chosen(lambda: cell(torch.zeros(1, 1200)))] == ["cpu"]
+
+
+@pytest.mark.built
 def test_declines_autocast():
     cell = seqkern.nn.GRUCell(3, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -55,7 +62,7 @@ def test_declines_autocast():
 
 
 def test_innermost_force_wins():
-    cell = seqkern.nn.GRUCell(3, 4)
+    cell = seqkern.nn.GRUCell(3, 4).requires_grad_(False)
     x = torch.zeros(2, 3)
     with seqkern.backend("torch"):
         with seqkern.backend("reference"):
@@ -76,7 +83,7 @@ def test_force_ends_with_an_error():
 
 
 def test_force_is_of_one_thread():
-    cell = seqkern.nn.GRUCell(3, 4)
+    cell = seqkern.nn.GRUCell(3, 4).requires_grad_(False)
     found = []
 
     def run():
