@@ -436,6 +436,6 @@ def backward(t, o, grad_output, grad_lse, output, lse, gradients, needs) -> None
     if "slopes" in buffers:
         dslopes.copy_(buffers["slopes"].sum(-1).sum_to_size(dslopes.shape))
     if needs[4]:
-        heads = t.sinks.float()[:, None]
-        share = torch.exp(heads - lse) * buffers["delta"]  # [B, Hq, L] or [Hq, total]
+        # One number from all rows of a head, which largely cancel: the sum is small, so it is taken in float64.
+        share = torch.exp(t.sinks.double()[:, None] - lse) * buffers["delta"]  # [B, Hq, L] or [Hq, total]
         dsinks.copy_(-share.sum(-1).sum_to_size(dsinks.shape))

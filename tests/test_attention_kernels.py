@@ -76,7 +76,11 @@ def test_half(options):
 def test_full_product(options, packed, dtype, D):
     lengths = ((70, 90), (1, 40), (33, 1)) if packed else ()
     sizes = {"Hq": 4, "Hkv": 2, "L": 70, "S": 90, "D": D, "Dv": D - 8}
-    check(make_case(dtype, lengths=lengths, **sizes, **OPTIONS[options]), *kernels)
+    seeds = range(4) if OPTIONS[options].get("sinks") else (0,)
+    check(
+        [make_case(dtype, lengths=lengths, **sizes, **OPTIONS[options], seed=seed) for seed in seeds],
+        *kernels,
+    )
 
 
 @pytest.mark.parametrize("size", [(130, 130), (70, 140), (140, 70)], ids=str)
