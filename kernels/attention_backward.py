@@ -433,9 +433,9 @@ def backward(t, o, grad_output, grad_lse, output, lse, gradients, needs) -> None
     dbias, dslopes, dsinks = gradients[3:] or (None, None, None)
     if "bias" in buffers:
         dbias.copy_(buffers["bias"].sum_to_size(dbias.shape))
+    # One number from all rows of a head, which largely cancel: such sums are taken in float64.
     if "slopes" in buffers:
-        dslopes.copy_(buffers["slopes"].sum(-1).sum_to_size(dslopes.shape))
+        dslopes.copy_(buffers["slopes"].sum(-1, dtype=torch.float64).sum_to_size(dslopes.shape))
     if needs[4]:
-        heads = t.sinks.float()[:, None]
-        share = torch.exp(heads - lse) * buffers["delta"]  # [B, Hq, L] or [Hq, total]
+        share = torch.exp(t.sinks.double()[:, None] - lse) * buffers["delta"]  # [B, Hq, L] or [Hq, total]
         dsinks.copy_(-share.sum(-1).sum_to_size(dsinks.shape))

@@ -1,6 +1,6 @@
 """What the tests of attention measure with, beside `seqkern.testing`: options, random cases, a float64 oracle."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -181,14 +181,20 @@ def run(
     return _named(output, lse, weights, gradients)
 
 
-def check(case: Case, *functions: Callable, what: str = "") -> None:
+def check(cases: Case | Sequence[Case], *functions: Callable, what: str = "") -> None:
     """`run` against `oracle`, within `seqkern.testing.tolerance`.
 
     torch's error is that of plain torch operations in the case's dtype: the spec, which rounds as torch's own unfused
-    path does.
+    path does. Several cases of one shape count as one sample: a gradient of a few numbers, each a sum that cancels,
+    says little alone.
     """
-    want = oracle(case)
-    dtype = case.tensors.query.dtype
-    rounded = oracle(case, dtype)
+    cases = [cases] if isinstance(cases, Case) else cases
+    dtype = cases[0].tensors.query.dtype
+
+    def joined(measure: Callable[[Case], dict[str, Tensor]]) -> dict[str, Tensor]:
+        found = [measure(case) for case in cases]
+        return {name: torch.stack([f[name] for f in found]) for name in found[0]}
+
+    want, rounded = joined(oracle), joined(lambda case: oracle(case, dtype))
     errors = {name: relative_rms(rounded[name], want[name]) for name in want}
-    assert_close(run(case, *functions), want, errors, what)
+    assert_close(joined(lambda case: run(case, *functions)), want, errors, what)
