@@ -127,6 +127,48 @@ def test_lstm_states_come_in_two():
         seqkern.nn.LSTMCell(I, H)(x(B), (torch.zeros(B, H), torch.zeros(B, 5)))
 
 
+@pytest.mark.parametrize("pick", [lambda h: (None, h), lambda h: (h, None), lambda h: (h,), lambda h: ()])
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_half_a_state_as_torch(kind, pick):
+    lead = (T, B) if kind == "LSTM" else (B,)
+    hx = pick(torch.zeros((1, B, H) if kind == "LSTM" else (B, H)))
+    with pytest.raises((AttributeError, IndexError, TypeError, RuntimeError)) as theirs:
+        getattr(torch.nn, kind)(I, H)(x(*lead), hx)
+    with pytest.raises(theirs.type, match="hx"):
+        getattr(seqkern.nn, kind)(I, H)(x(*lead), hx)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.parametrize("input", [None, [1.0], 3])
+def test_input_that_is_no_tensor_as_torch(kind, input):
+    with pytest.raises((AttributeError, TypeError)) as theirs:
+        getattr(torch.nn, kind)(I, H)(input)
+    with pytest.raises(theirs.type, match=f"input is a {type(input).__name__}"):
+        getattr(seqkern.nn, kind)(I, H)(input)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda w: None, "weights is a NoneType"),
+        (lambda w: iter(w), "weights is a .*iterator"),
+        (lambda w: [w[0], None, *w[2:]], "weight 1 is a NoneType"),
+        (lambda w: [each.flatten() for each in w], r"the weights are \[96\]"),
+        (lambda w: [w[0][None], *w[1:]], "weight 0 is 3-D"),
+    ],
+)
+def test_weights_that_are_none(change, says):
+    weights = list(torch.nn.LSTM(I, H).parameters())
+    with pytest.raises((TypeError, RuntimeError), match=says):
+        seqkern.functional.lstm(x(T, B), None, change(weights))
+
+
+def test_one_bias_without_the_other():
+    w_ih, w_hh, b_ih, _ = torch.nn.GRUCell(I, H).parameters()
+    with pytest.raises(RuntimeError, match="two biases or none"):
+        seqkern.functional.gru_cell(x(B), None, w_ih, w_hh, b_ih)
+
+
 def test_weights_of_the_wrong_number_or_shape():
     weights = list(torch.nn.LSTM(I, H, num_layers=2).parameters())
     lstm = seqkern.functional.lstm

@@ -98,3 +98,13 @@ def test_autocast_as_torch(kind):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got, want = call(ours, [given]), call(theirs, [given])
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0)])
+def test_sizes_of_zero_as_torch(kind, sizes):
+    theirs, x = getattr(torch.nn, kind)(*sizes), torch.zeros(2, sizes[0])
+    ours = seqkern.nn.__dict__[kind](*sizes)
+    ours.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))

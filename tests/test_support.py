@@ -98,8 +98,9 @@ def test_claim(way, module, claim, dtype):
     case, cell = WAYS[way], module.endswith("Cell")
     inputs = case.inputs(cell, dtype)
     if claim == "-":
-        with pytest.raises((TypeError, ValueError, AttributeError)):
-            getattr(torch.nn, module)(I, H, dtype=dtype, **case.options)(*inputs)
+        for package in (torch.nn, seqkern.nn):
+            with pytest.raises((TypeError, ValueError, AttributeError)):
+                getattr(package, module)(I, H, dtype=dtype, **case.options)(*inputs)
         return
     model = getattr(seqkern.nn, module)(I, H, dtype=dtype, **case.options)
     assert {row.backend for row in case.call(model, *inputs).rows} == {claim}

@@ -174,6 +174,52 @@ def test_compile_takes_any_length_and_stacks():
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.built
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_training_compiles_once_for_all_lengths(kind):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(getattr(seqkern.nn, kind)(I, H), fullgraph=True, dynamic=True, backend=count)
+    for n in range(3, 15):
+        first(compiled(torch.randn(n, 2, I))).sum().backward()
+    assert len(graphs) <= 2
+
+
+@pytest.mark.built
+def test_export_in_training_takes_any_length():
+    length = torch.export.Dim("length", min=2, max=100)
+    exported = torch.export.export(
+        seqkern.nn.GRU(I, H), (torch.randn(5, 2, I),), dynamic_shapes={"input": {0: length}}
+    )
+    assert exported.module()(torch.randn(9, 2, I))[0].shape == (9, 2, H)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_output_may_be_written_in_place(kind, dtype):
+    theirs, ours, x = make(kind, {}, dtype)
+    grads = []
+    for module in (theirs.double(), ours):
+        output = first(module(x.to(next(module.parameters()).dtype)))
+        (output.relu() if module is theirs else output.relu_()).sum().backward()
+        grads.append([p.grad for p in module.parameters()])
+    for mine, its in zip(*reversed(grads), strict=True):
+        torch.testing.assert_close(mine.double(), its, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_compiled_under_autocast_has_torchs_dtype(kind):
+    theirs, ours, x = make(kind, {}, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert first(torch.compile(ours, backend="aot_eager")(x)).dtype == first(theirs(x)).dtype
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.built
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_compile_packed_with_a_state(kind):
     theirs, ours, _ = make(kind, {}, torch.float32)
     data, sizes = torch.randn(6, I), torch.tensor([3, 2, 1])

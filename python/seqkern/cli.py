@@ -21,6 +21,15 @@ app = typer.Typer(
 )
 
 
+@app.callback()
+def known_backend() -> None:
+    try:
+        _backend.forced()
+    except ValueError as e:
+        typer.echo(f"seqkern: {e}", err=True)
+        raise typer.Exit(2) from e
+
+
 @app.command()
 def info() -> None:
     """What is installed, what is missing and how to get it."""

@@ -150,7 +150,7 @@ def lstm_cell(
     >>> h.shape, c.shape
     (torch.Size([2, 4]), torch.Size([2, 4]))
     """
-    h, c = check_state_pair(hx)
+    h, c = check_state_pair(hx, RuntimeError)
     output, c_n = _cell("lstm", input, h, c, w_ih, w_hh, b_ih, b_hh, backend)
     assert c_n is not None
     return output, c_n
@@ -262,6 +262,11 @@ def _layers(
             hidden = w_hh.shape[0] // 4
             cx = hx if hidden == w_hh.shape[1] else input.new_zeros((num_layers * directions, batch, hidden))
     name = _name(backend, cell, (input, hx, cx, *weights), batch_sizes is not None)
+    device = input.device.type
+    if name == "reference" and cell == "lstm" and torch.is_autocast_enabled(device):
+        # torch casts all that an LSTM is given, and the matmuls alone of a GRU or RNN
+        lower = torch.get_autocast_dtype(device)
+        input, hx, cx, *weights = (t.to(lower) for t in (input, hx, cx, *weights))  # type: ignore[union-attr]
     if name == "torch":
         output, h_n, c_n = _torch_layers(
             cell, input, batch_sizes, hx, cx, weights, num_layers, dropout, training, bidirectional

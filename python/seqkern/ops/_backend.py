@@ -140,12 +140,23 @@ def in_transform() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
+def lacks_features(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether input or state has no features, which torch's cells take and a kernel here does not."""
+    input, hx = tensors[:2]
+    return (input is not None and input.shape[-1] == 0) or (hx is not None and hx.shape[-1] == 0)
+
+
 def serves_cpu(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether the cpu backend serves these tensors now: `_decline_cpu` is None, without the words."""
     input = tensors[0]
     assert input is not None
     dtype = input.dtype
-    if not CPU_READY or dtype not in CPU_DTYPES or input.layout is not torch.strided:
+    if (
+        not CPU_READY
+        or dtype not in CPU_DTYPES
+        or input.layout is not torch.strided
+        or lacks_features(tensors)
+    ):
         return False
     compiling = torch.compiler.is_compiling()
     for t in tensors:
@@ -162,6 +173,8 @@ def _unfit(call: Call, devices: tuple[str, ...], dtypes) -> str | None:
     """Why kernels on such devices for such dtypes cannot take the tensors of a call, or the state they come in."""
     given = [t for t in call.tensors if t is not None]
     dtype = given[0].dtype
+    if call.wanted is None and lacks_features(call.tensors):
+        return "a size is zero"
     for t in given:
         if t.device.type not in devices:
             return f"a tensor is on {t.device}"
@@ -269,7 +282,9 @@ def _triton_avoids(call: Call) -> str | None:
 def forced() -> str | None:
     """The backend that is forced here and now."""
     name = _now_forced()
-    return name if name is not None else _environment or None
+    if name is None and _environment:
+        return _known(_environment, f"the environment variable {VARIABLE}")
+    return name
 
 
 def choose(call: Call, name: str | None = None) -> Choice:
@@ -279,8 +294,8 @@ def choose(call: Call, name: str | None = None) -> Choice:
     """
     if name is not None:
         named = _known(name, "backend")
-    elif (named := _now_forced()) is None and _environment:
-        named = _known(_environment, f"the environment variable {VARIABLE}")
+    else:
+        named = forced()
     if named is not None:
         if reason := declines(named, call):
             raise RuntimeError(

@@ -13,15 +13,41 @@ from torch import Tensor
 _NAMES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 
 
-def check_state_pair(hx) -> tuple[Tensor | None, Tensor | None]:
-    """(h, c) of an LSTM, or two Nones."""
+def check_state_pair(hx, too_few: type[Exception] = IndexError) -> tuple[Tensor | None, Tensor | None]:
+    """(h, c) of an LSTM, or two Nones; ``too_few`` is what torch raises for less than two."""
     if hx is None:
         return None, None
     if not isinstance(hx, tuple | list):
         raise TypeError(f"hx is a {type(hx).__name__}, expected a tuple of two tensors (h, c)")
     if len(hx) != 2:
-        raise RuntimeError(f"hx holds {len(hx)} tensors, expected two hidden states (h, c)")
+        error = too_few if len(hx) < 2 else RuntimeError
+        raise error(f"hx holds {len(hx)} tensors, expected two hidden states (h, c)")
+    for label, state in zip("hc", hx):
+        if not isinstance(state, Tensor):
+            raise AttributeError(
+                f"{label} of hx is a {type(state).__name__}, expected a tensor; for zero states pass hx=None"
+            )
     return hx[0], hx[1]
+
+
+def check_tensors(name: str, input: object, hx: object, weights: object) -> None:
+    """Each is a tensor of the rank that a weight or bias has; the rest of a check may rely on it."""
+    if not isinstance(input, Tensor):
+        raise AttributeError(f"{name}: input is a {type(input).__name__}, expected a tensor")
+    if hx is not None and not isinstance(hx, Tensor):
+        raise AttributeError(f"{name}: hx is a {type(hx).__name__}, expected a tensor or None")
+    if not isinstance(weights, Sequence):
+        raise TypeError(
+            f"{name}: weights is a {type(weights).__name__}, expected a list of tensors such as "
+            "list(module.parameters())"
+        )
+    for at, each in enumerate(weights):
+        if not isinstance(each, Tensor):
+            raise TypeError(f"{name}: weight {at} is a {type(each).__name__}, expected a tensor")
+        if each.dim() not in (1, 2):
+            raise RuntimeError(
+                f"{name}: weight {at} is {each.dim()}-D {list(each.shape)}, expected 2-D or 1-D"
+            )
 
 
 def check_cell(
@@ -35,6 +61,12 @@ def check_cell(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> None:
+    name = f"{_NAMES[cell]}Cell"
+    check_tensors(name, input, hx, [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None])
+    if w_ih.dim() != 2 or w_hh.dim() != 2 or (b_ih is None) != (b_hh is None):
+        raise RuntimeError(
+            f"{name}: the weights are {_shapes(w_ih, w_hh, b_ih, b_hh)}, expected two matrices, and two biases or none"
+        )
     shape, (rows, hidden) = input.shape, w_hh.shape
     state = (shape[0], hidden) if len(shape) == 2 else (hidden,)
     if (
@@ -46,7 +78,7 @@ def check_cell(
         or (b_ih is not None and b_ih.shape != (rows,))
         or (b_hh is not None and b_hh.shape != (rows,))
     ):
-        _refuse_cell(f"{_NAMES[cell]}Cell", gates, input, hx, cx, w_ih, w_hh, b_ih, b_hh)
+        _refuse_cell(name, gates, input, hx, cx, w_ih, w_hh, b_ih, b_hh)
 
 
 def _refuse_cell(name, gates, input, hx, cx, w_ih, w_hh, b_ih, b_hh) -> NoReturn:
@@ -90,12 +122,20 @@ def check_layers(
     batch_first: bool,
 ) -> None:
     name = _NAMES[cell]
+    check_tensors(name, input, hx, weights)
     sets = num_layers * directions
     per_direction, rest = divmod(len(weights), max(sets, 1))
     if sets < 1 or rest or per_direction not in ((2, 3, 4, 5) if cell == "lstm" else (2, 4)):
         raise RuntimeError(
             f"{name}: weights holds {len(weights)} tensors for {num_layers} layers x {directions} directions, "
             f"expected for each w_ih, w_hh[, b_ih, b_hh]{'[, w_hr]' if cell == 'lstm' else ''}"
+        )
+    if any(
+        w.dim() != (1 if per_direction >= 4 and at % per_direction in (2, 3) else 2)
+        for at, w in enumerate(weights)
+    ):
+        raise RuntimeError(
+            f"{name}: the weights are {_shapes(*weights)}, expected matrices w_ih, w_hh[, w_hr] and vectors b_ih, b_hh"
         )
     shape = input.shape
     if batch_sizes is not None:
@@ -169,6 +209,8 @@ def _check_state(name, label, state, rank, sets, batch, size, input, batch_first
 def _check_batch_sizes(name: str, batch_sizes: Tensor, rows: int) -> tuple[int, int | None]:
     """Steps and batch of a packed input; the batch is None where its values cannot be read (under a compiler)."""
     remedy = "make it with torch.nn.utils.rnn.pack_sequence or pack_padded_sequence"
+    if not isinstance(batch_sizes, Tensor):
+        raise TypeError(f"{name}: batch_sizes is a {type(batch_sizes).__name__}, expected a tensor; {remedy}")
     if batch_sizes.dtype != torch.int64:
         error = TypeError if batch_sizes.is_floating_point() else RuntimeError
         raise error(f"{name}: batch_sizes is {batch_sizes.dtype}, expected torch.int64; {remedy}")

@@ -1,7 +1,9 @@
 """Finds the compiled part of the package, and remembers why it is missing where it is."""
 
+import json
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 
@@ -12,12 +14,19 @@ def _load() -> tuple[ModuleType | None, str]:
     except ModuleNotFoundError as e:
         if e.name != "seqkern._native":
             return None, str(e)
-        return (
-            None,
-            "seqkern was installed without its compiled kernels (no C++ compiler was found at install)",
-        )
+        return None, f"seqkern was installed without its compiled kernels: {_why_not_built()}"
     except ImportError as e:  # built for another Python or linked against what this machine lacks
         return None, f"the compiled kernels could not be loaded: {e}"
+
+
+def _why_not_built() -> str:
+    """What setup.py wrote down at install."""
+    record = Path(__file__).parents[1] / "_build.json"
+    found = json.loads(record.read_text())["reason"] if record.is_file() else ""
+    remedy = (
+        "install a C++ compiler (g++ >= 11) and then seqkern again, with SEQKERN_BUILD=cpu to see every error"
+    )
+    return f"{found or 'they were not built'}; {remedy}"
 
 
 def native() -> ModuleType | None:

@@ -57,8 +57,10 @@ def is_step(input: Tensor, batch_sizes: Tensor | None) -> bool:
 
 def reserve_numel(input: Tensor, w_hh: Tensor, cell: str, directions: int) -> int:
     """How many numbers a forward that saves puts aside for its backward."""
-    hidden = w_hh.shape[0] // spec.CELLS[cell].gates
-    return directions * input.shape[:-1].numel() * RESERVE[cell] * hidden
+    count = directions * RESERVE[cell] * (w_hh.shape[0] // spec.CELLS[cell].gates)
+    for size in input.shape[:-1]:  # Size.numel() would freeze symbolic sizes
+        count = count * size
+    return count
 
 
 def run_spec(tensors: Tensors, cell: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -126,7 +128,8 @@ def _forward_setup(ctx, inputs, output):
     out, _, c_n, reserve = output
     ctx.mark_non_differentiable(reserve)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(out, reserve, *tensors)
+    # A copy: what follows may write into the output, as ReLU(inplace=True) does, and torch's layers let it.
+    ctx.save_for_backward(out.clone(), reserve, *tensors)
     ctx.cell, ctx.save = cell, save
     ctx.h_n_shape = output[1].shape
     ctx.c_n_shape = c_n.shape
