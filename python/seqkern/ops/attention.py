@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from seqkern.ops._attention_backends import triton_declines
+from seqkern.ops._double_backward import through_spec
 from seqkern.spec import attention as spec
 from seqkern.spec.attention import Options, Tensors
 
@@ -193,33 +194,12 @@ def _backward_setup(ctx, inputs, output):
     ctx.options = rest[len(TENSORS) : -len(NEEDS)]
 
 
-def _distinct(t: Tensor | None) -> Tensor | None:
-    """A differentiable tensor of its own, still linked to t: one tensor given twice gets two gradients."""
-    if t is None or not t.is_floating_point():
-        return t
-    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-
-
 def _backward_backward(ctx, *grad_grads):
-    """The gradient of the backward, as the spec's own: its results depend on gradients and arguments alone."""
-    with torch.enable_grad():
-        saved = [_distinct(t) for t in ctx.saved_tensors]
-        first = spec.attention_backward(saved[:3], *saved[3:], *ctx.options)
-        pairs = [(d, g) for d, g in zip(first, grad_grads) if d is not None and g is not None]
-        pairs = [(d, g) for d, g in pairs if d.requires_grad and g.shape == d.shape]
-    leaves = [t for t in saved if t is not None and t.requires_grad]
-    second = iter(
-        torch.autograd.grad(
-            [d for d, _ in pairs],
-            leaves,
-            [g for _, g in pairs],
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-        if pairs
-        else [None] * len(leaves)
+    found = through_spec(
+        ctx.saved_tensors,
+        grad_grads,
+        lambda saved: spec.attention_backward(saved[:3], *saved[3:], *ctx.options),
     )
-    found = [None if t is None or not t.requires_grad else next(second) for t in saved]
     return (*found[:3], None, None, *found[3:], *((None,) * (len(ctx.options) + len(NEEDS))))
 
 

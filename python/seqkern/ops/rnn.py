@@ -22,6 +22,7 @@ from torch import Tensor
 
 from seqkern import spec
 from seqkern.ops import _gpu
+from seqkern.ops._double_backward import through_spec
 
 TENSORS = [
     *("input", "batch_sizes", "hx", "cx"),
@@ -89,13 +90,6 @@ def spec_vjp(grads: Tensors, tensors: Tensors, cell: str, create_graph: bool) ->
         for t, name in zip(tensors, TENSORS, strict=True)
         if name != "batch_sizes"
     ]
-
-
-def _distinct(t: Tensor | None) -> Tensor | None:
-    """A differentiable tensor of its own, still linked to t: one tensor given twice gets two gradients."""
-    if t is None or not t.is_floating_point():
-        return t
-    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
 
 @torch.library.register_fake("seqkern::rnn_forward", lib=_LIBRARY)
@@ -172,26 +166,11 @@ def _backward_setup(ctx, inputs, output):
 
 
 def _backward_backward(ctx, *grad_grads):
-    """The gradient of the backward, as the spec's own: the op's outputs are a function of grads and inputs alone."""
-    with torch.enable_grad():
-        saved = [_distinct(t) for t in ctx.saved_tensors]
-        grads, tensors = saved[:3], saved[3:]
-        first = spec_vjp(grads, tensors, ctx.cell, create_graph=True)
-        pairs = [(d, g) for d, g in zip(first, grad_grads, strict=True) if d is not None and g is not None]
-        pairs = [(d, g) for d, g in pairs if d.requires_grad and g.shape == d.shape]
-    leaves = [t for t in saved if t is not None and t.requires_grad]
-    second = iter(
-        torch.autograd.grad(
-            [d for d, _ in pairs],
-            leaves,
-            [g for _, g in pairs],
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-        if pairs
-        else [None] * len(leaves)
+    found = through_spec(
+        ctx.saved_tensors,
+        grad_grads,
+        lambda saved: spec_vjp(saved[:3], saved[3:], ctx.cell, create_graph=True),
     )
-    found = [None if t is None or not t.requires_grad else next(second) for t in saved]
     return (*found[:3], None, None, *found[3:], None, None, None)
 
 
