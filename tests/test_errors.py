@@ -163,6 +163,12 @@ def test_weights_that_are_none(change, says):
         seqkern.functional.lstm(x(T, B), None, change(weights))
 
 
+def test_numbers_that_are_not_floating():
+    weights = [w.detach().long() for w in torch.nn.GRU(I, H).parameters()]
+    with pytest.raises(RuntimeError, match=r"input and weights are torch\.int64"):
+        seqkern.functional.gru(x(T, B).long(), None, weights)
+
+
 def test_one_bias_without_the_other():
     w_ih, w_hh, b_ih, _ = torch.nn.GRUCell(I, H).parameters()
     with pytest.raises(RuntimeError, match="two biases or none"):

@@ -94,6 +94,7 @@ def _known(name: str, where: str) -> str:
 def backend(name: str | None) -> Iterator[None]:
     """Forces a backend for the calls made in the block by this thread or task; None lifts an outer force.
 
+    A function under torch.compile is called in the block; it cannot hold one, since Dynamo does not trace it.
     Raises ValueError for a name that is not a backend. A call in the block that the backend cannot serve raises
     RuntimeError with the reason.
 
