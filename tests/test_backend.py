@@ -54,6 +54,31 @@ def test_a_large_step_keeps_its_gradient():
 
 
 @pytest.mark.built
+@pytest.mark.parametrize(
+    ("kind", "shape", "dtype", "grad", "name"),
+    [
+        ("RNN", (4, 2), torch.float32, True, "torch"),
+        ("RNN", (5, 2), torch.float32, True, "cpu"),
+        ("RNN", (1, 2), torch.float32, False, "cpu"),
+        ("GRU", (1, 2), torch.float32, True, "torch"),
+        ("GRU", (2, 2), torch.float32, True, "cpu"),
+        ("LSTM", (1, 2), torch.float32, True, "cpu"),
+        ("LSTM", (9, 1), torch.bfloat16, False, "torch"),
+        ("LSTM", (9, 7), torch.bfloat16, True, "cpu"),
+        ("LSTM", (9, 8), torch.bfloat16, True, "torch"),
+        ("LSTM", (9, 8), torch.float16, False, "cpu"),
+        ("GRU", (9, 32), torch.bfloat16, False, "cpu"),
+    ],
+)
+def test_stands_aside_where_torch_is_faster(kind, shape, dtype, grad, name, monkeypatch):
+    monkeypatch.setattr(_backend, "BF16_DOT", True)
+    layer = getattr(seqkern.nn, kind)(3, 4, dtype=dtype).requires_grad_(grad)
+    (choice,) = chosen(lambda: layer(torch.zeros(*shape, 3, dtype=dtype)))
+    assert choice.name == name
+    assert name == "cpu" or "faster on torch's kernel" in choice.declined[0][1]
+
+
+@pytest.mark.built
 def test_declines_autocast():
     cell = seqkern.nn.GRUCell(3, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -32,7 +32,7 @@ def _call_op(tensors: Weights, cell: str) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 def _name(backend: str | None, op: str, tensors: Weights, packed: bool = False) -> str:
     if backend is None and not _backend.special and _backend.serves_cpu(tensors):
-        return "torch" if _backend.leaves_cell_to_torch(op, tensors) else "cpu"
+        return "torch" if _backend.torch_outruns(op, tensors) else "cpu"
     check_uniform(op, packed, tensors)
     return _backend.choose(_backend.Call(op, tensors), backend).name
 

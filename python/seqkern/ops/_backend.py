@@ -29,6 +29,8 @@ ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch
 CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 VARIABLE = "SEQKERN_BACKEND"
 CELL_WORTH_A_GRADIENT = 4_000_000  # weights, states and input of one step
+STEPS_BELOW_A_GRADIENT = {"gru": 1, "rnn_tanh": 4, "rnn_relu": 4}
+BF16_DOT = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 PLAIN = frozenset((Tensor, Parameter))
 
 TRITON_OPS = frozenset(
@@ -248,18 +250,34 @@ def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)  # type: ignore[attr-defined]
 
 
-def leaves_cell_to_torch(op: str, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a step is too small for a gradient of ours, whose call from Python costs more than torch's whole step."""
-    if not op.endswith("_cell") or torch.compiler.is_compiling() or not needs_grad(tensors):
-        return False
-    return sum(t.numel() for t in tensors if t is not None and t.dim() == 2) < CELL_WORTH_A_GRADIENT
+def torch_outruns(op: str, tensors: Sequence[Tensor | None]) -> str | None:
+    """Why torch's kernel is known to be faster on a CPU than ours, which then stand aside unless forced.
+
+    Fixed rules from measurements that docs/decisions.md tells of; never of the load or the number of threads.
+    """
+    if torch.compiler.is_compiling():  # which pays nothing for an op's gradient
+        return None
+    input, hx, cx = tensors[:3]
+    assert input is not None and hx is not None
+    grad = needs_grad(tensors)
+    if op.endswith("_cell"):
+        size = sum(t.numel() for t in tensors if t is not None and t.dim() == 2)
+        return "a gradient of so small a step" if grad and size < CELL_WORTH_A_GRADIENT else None
+    if input.dim() == 2:  # packed
+        return None
+    steps, batch, _ = input.shape
+    if grad and steps <= STEPS_BELOW_A_GRADIENT.get(op, 0):
+        return "a gradient of so few steps"
+    if input.dtype is not torch.bfloat16 or not BF16_DOT or (cx is not None and cx.shape[-1] != hx.shape[-1]):
+        return None
+    slower = (batch >= 8 or not grad) if op == "lstm" else (batch >= 32 and hx.shape[-1] >= 512)
+    return "bfloat16 on a machine that multiplies it itself" if slower else None
 
 
 def _cpu_avoids(call: Call) -> str | None:
     """Why the compiled kernels are left aside unless they are forced."""
-    if leaves_cell_to_torch(call.op, call.tensors):
-        return "a gradient of so small a step is faster on torch's kernel"
-    return None
+    reason = None if call.wanted is not None else torch_outruns(call.op, call.tensors)
+    return reason and f"{reason} is faster on torch's kernel"
 
 
 def _torch_avoids(call: Call) -> str | None:
