@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from seqkern.bench.measure import Timed
 from seqkern.bench.rows import OURS, Row
 
 
-class Peer:
+class Peer(ABC):
     """Runs rows. ``first_call`` and ``peak_bytes`` of the last row that it prepared are None where unknown."""
 
     name: ClassVar[str]
@@ -30,11 +31,11 @@ class Peer:
     def serves(self, row: Row, mode: str) -> bool:
         return True
 
+    @abstractmethod
     def prepare(self, row: Row, mode: str) -> Timed:
         """The row ready to be timed; raises where it fails."""
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # most peers hold nothing
         pass
 
 

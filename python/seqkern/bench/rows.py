@@ -1,5 +1,6 @@
 """The workloads, as data."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ TRAINING_FLOP = 3  # forward, gradient of the input and of the weights: a matmul
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(ABC):
     """One workload: what every suite's rows have in common."""
 
     suite: ClassVar[str]
@@ -26,12 +27,13 @@ class Row:
     group: str
     dtype: str
 
+    @abstractmethod
     def build(self) -> tuple[nn.Module, tuple[Any, ...]]:
         """torch's module, in ``dtype`` and in training mode, and its inputs; the same numbers every time."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward_flop(self) -> float:
-        raise NotImplementedError
+        """Multiplications and additions of one forward."""
 
     def flop(self, mode: str) -> float:
         return self.forward_flop() * (TRAINING_FLOP if mode == TRAINING else 1)

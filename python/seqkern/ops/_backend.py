@@ -261,8 +261,10 @@ def torch_outruns(op: str, tensors: Sequence[Tensor | None]) -> str | None:
     assert input is not None and hx is not None
     grad = needs_grad(tensors)
     if op.endswith("_cell"):
+        if not grad:
+            return None
         size = sum(t.numel() for t in tensors if t is not None and t.dim() == 2)
-        return "a gradient of so small a step" if grad and size < CELL_WORTH_A_GRADIENT else None
+        return "a gradient of so small a step" if size < CELL_WORTH_A_GRADIENT else None
     if input.dim() == 2:  # packed
         return None
     steps, batch, _ = input.shape
