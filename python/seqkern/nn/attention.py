@@ -134,13 +134,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _split(self, x: Tensor, first: int) -> Tensor:
         """[B, L, E], or [L, B, E] where the batch stands second, -> [B, H, L, D], a view."""
-        heads = x.unflatten(-1, (self.num_heads, self.head_dim))
+        heads = x.view(*x.shape[:2], self.num_heads, self.head_dim)
         return heads.transpose(1, 2) if first == 0 else heads.permute(1, 2, 0, 3)
 
     def _join(self, heads: Tensor, first: int) -> Tensor:
         """[B, H, L, D] -> the output, [B, L, E] or [L, B, E]."""
         x = heads.transpose(1, 2) if first == 0 else heads.permute(2, 0, 1, 3)
-        return TF.linear(x.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        return TF.linear(x.reshape(*x.shape[:2], self.embed_dim), self.out_proj.weight, self.out_proj.bias)
 
     def _with_more(self, x: Tensor, learned: Tensor | None) -> Tensor:
         """[B, H, S, D] with the learned key or value and one of zeros behind, where the module has them."""
@@ -162,29 +162,28 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             "adds keys (add_bias_kv, add_zero_attn)" if self.bias_k is not None or self.add_zero_attn else ""
         )
 
-    def _pair(self, x: Tensor) -> Tensor:
-        """[B, S, 2E] -> keys and values [2, B, H, S, D], a view."""
-        return x.unflatten(-1, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-
     def attend_own(self, x: Tensor, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
         """New positions x [B, n, E] attend to those in the cache and, causally, to themselves; the cache gets them."""
-        q, kv = TF.linear(x, self.in_proj_weight, self.in_proj_bias).split(
-            (self.embed_dim, 2 * self.embed_dim), -1
+        B, n, _ = x.shape
+        three = TF.linear(x, self.in_proj_weight, self.in_proj_bias)
+        three = three.view(B, n, 3, self.num_heads, self.head_dim).permute(0, 2, 3, 1, 4)
+        k, v = cache.write(layer, three.narrow(1, 1, 2))
+        output: Any = attention(
+            three.select(1, 0), k, v, mask=mask, causal="bottom-right" if n > 1 else False
         )
-        k, v = cache.write(layer, self._pair(kv))
-        causal = "bottom-right" if x.shape[1] > 1 else False
-        output: Any = attention(self._split(q, 0), k, v, mask=mask, causal=causal)
         return self._join(output, 0)
 
     def memory_pair(self, memory: Tensor) -> Tensor:
-        """Keys and values [2, B, H, S, D] of a memory [B, S, E]."""
+        """Keys and values [B, 2, H, S, D] of a memory [B, S, E]."""
         (_, of_kv), (_, b_kv) = self._in_proj_parts()
-        return self._pair(TF.linear(memory, of_kv, b_kv))
+        pair = TF.linear(memory, of_kv, b_kv).unflatten(-1, (2, self.num_heads, self.head_dim))
+        return pair.permute(0, 2, 3, 1, 4)
 
     def attend_memory(self, x: Tensor, cache: KVCache, layer: int) -> Tensor:
         """x [B, n, E] attends to the memory whose keys and values the cache holds."""
-        (of_q, _), (b_q, _) = self._in_proj_parts()
-        q = self._split(TF.linear(x, of_q, b_q), 0)
+        E, b = self.embed_dim, self.in_proj_bias
+        q = TF.linear(x, self.in_proj_weight.narrow(0, 0, E), b if b is None else b.narrow(0, 0, E))
         k, v = cache.recall(layer)
-        output: Any = attention(q, k, v, mask=cache.memory_seen.mask, bias=cache.memory_seen.bias)
+        seen = cache.memory_seen
+        output: Any = attention(self._split(q, 0), k, v, mask=seen.mask, bias=seen.bias)
         return self._join(output, 0)

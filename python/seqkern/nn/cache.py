@@ -48,7 +48,7 @@ class KVCache:
         """Forgets everything, the memory too."""
         self._length = 0  #: positions that count; what lies behind them is to be written over
         self._capacity = self._first_capacity
-        self._own: list[Tensor] = []  #: for each layer [2, B, H, capacity, D], keys and values
+        self._own: list[Tensor] = []  #: for each layer [B, 2, H, capacity, D], keys and values
         self._memory: list[tuple[Tensor, Tensor]] = []  #: for each layer keys and values [B, H, S, D]
         self._real: Tensor | None = None  #: [B, capacity], False at padding; None while there is none
         self.memory: Tensor | None = None  #: the memory whose keys and values are held
@@ -68,18 +68,15 @@ class KVCache:
     @property
     def batch(self) -> int | None:
         """How many sequences it holds; None before the first call."""
-        return self._own[0].shape[1] if self._own else None
+        return self._own[0].shape[0] if self._own else None
 
     @property
     def lengths(self) -> Tensor | None:
         """[B], how many positions of each sequence are no padding; None before the first call."""
         if self._real is not None:
             return self._real[:, : self._length].sum(1)
-        return (
-            self._own[0].new_full((self._own[0].shape[1],), self._length, dtype=torch.int64)
-            if self._own
-            else None
-        )
+        held = self._own[0] if self._own else None
+        return held if held is None else held.new_full(held.shape[:1], self._length, dtype=torch.int64)
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +100,7 @@ class KVCache:
             raise ValueError(
                 f"KVCache: sequences is {sequences.dtype} {list(sequences.shape)}, expected torch.int64 indices [n]"
             )
-        self._own = [x.index_select(1, sequences) for x in self._own]
+        self._own = [x.index_select(0, sequences) for x in self._own]
         self._memory = [(k.index_select(0, sequences), v.index_select(0, sequences)) for k, v in self._memory]
         self._real = self._real if self._real is None else self._real.index_select(0, sequences)
         mask, bias, _ = self.memory_seen
@@ -140,21 +137,21 @@ class KVCache:
         return self._real[:, None, None, :wanted]
 
     def write(self, layer: int, pair: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [2, B, H, n, D] of a layer's new positions -> those of all positions, [B, H, S, D] each."""
+        """Keys and values [B, 2, H, n, D] of a layer's new positions -> those of all positions, [B, H, S, D] each."""
         length, wanted = self._length, self._length + pair.shape[3]
         if layer == len(self._own):
-            two, B, H, _, D = pair.shape
-            self._own.append(pair.new_empty(two, B, H, self._capacity, D))
+            B, two, H, _, D = pair.shape
+            self._own.append(pair.new_empty(B, two, H, self._capacity, D))
         held = self._own[layer].narrow(3, 0, wanted)
         held.narrow(3, length, pair.shape[3]).copy_(pair)
-        return held[0], held[1]
+        return held.unbind(1)  # type: ignore[return-value]
 
     def close(self, count: int) -> None:
         self._length += count
 
     def remember(self, memory: Tensor, pairs: list[Tensor], seen: Seen) -> None:
-        """Holds each layer's keys and values [2, B, H, S, D] of a memory, and what of it is seen."""
-        self._memory = [(pair[0], pair[1]) for pair in (pair.contiguous() for pair in pairs)]
+        """Holds each layer's keys and values [B, 2, H, S, D] of a memory, and what of it is seen."""
+        self._memory = [pair.contiguous().unbind(1) for pair in pairs]  # type: ignore[misc]
         self.memory, self.memory_seen = memory, seen
 
     def recall(self, layer: int) -> tuple[Tensor, Tensor]:
