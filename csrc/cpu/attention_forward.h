@@ -151,9 +151,7 @@ void finish_panel(const AttentionForward& c, const Sequence& s, const Panel<A>& 
         S* to = row_of<S>(c.output, s, h, i);
         const A* from = run.out + lane * (Nv + n);
         for (long at = 0; at < c.Dv; at += n) {
-            // without a key there is nothing in the memory that counts
-            const Vec<A> v = empty ? Vec<A>{} : load<A>(from + at) * factor;
-            store_n<A>(to + at, v, c.Dv - at);
+            store_n<A>(to + at, load<A>(from + at) * factor, c.Dv - at);
         }
         const A log2 =
             sizeof(A) == 4 ? __builtin_log2f(static_cast<float>(l)) : static_cast<A>(__builtin_log2(l));
@@ -229,8 +227,12 @@ struct ForwardUnit {
                 begun[p] = true;
             }
         }
-        if (plan.splits == 1)
-            for (long p = 0; p < count; ++p) finish_panel<A, S>(c, s, panels[p], running[p], plan.Nv);
+        if (plan.splits > 1) return;
+        for (long p = 0; p < count; ++p) {
+            for (long at = 0; !begun[p] && at < W * (plan.Nv + n); at += n)
+                store<A>(running[p].out + at, Vec<A>{});
+            finish_panel<A, S>(c, s, panels[p], running[p], plan.Nv);
+        }
     }
 
     // The parts of one panel, in the order of the keys.
