@@ -266,9 +266,8 @@ def test_errors_write_nothing():
     ):
         with pytest.raises(RuntimeError, match=f"seqkern: .*{says}"):
             torch.ops.seqkern.attention(*wrong, *((None,) * 7), 1.0, 0.0, 0.0, -1, -1, False, 0, 0, "")
+    rows, cu = torch.zeros(6, 2, 8), torch.tensor([0, 6], dtype=torch.int32)
     with pytest.raises(RuntimeError, match="max_seqlen"):
-        rows = torch.zeros(6, 2, 8)
-        cu = torch.tensor([0, 6], dtype=torch.int32)
         torch.ops.seqkern.attention(
             rows, rows, rows, None, None, None, None, seed, cu, cu, 1.0, 0.0, 0.0, -1, -1, False, 5, 6, ""
         )
