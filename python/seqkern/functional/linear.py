@@ -33,17 +33,17 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tensors = (input, weight) if bias is None else (input, weight, bias)
     if all(isinstance(x, Tensor) for x in tensors) and _fits(input, weight, bias):
         call = (input, weight, bias)
-        if not _backend.special and _backend.serves_cpu(call):
-            if _backend.torch_outruns("linear", call) is None:
+        if _backend.special:
+            if _backend.choose(_backend.Call("linear", call)).name == "cpu":
                 return _op(input, weight, bias)
-        elif _backend.choose(_backend.Call("linear", call)).name == "cpu":
-            return _op(input, weight, bias)
+        elif _backend.torch_outruns("linear", call) is None and _backend.serves_cpu(call):
+            with torch._C._AutoDispatchBelowAutograd():  # no gradient is needed
+                return _op(input, weight, bias)
     return F.linear(input, weight, bias)
 
 
 def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether sizes and layouts are those of a linear layer; what is wrong with others is torch's to say."""
-    plain = (
-        weight.dim() == 2 and input.dim() > 0 and not input.is_nested and input.shape[-1] == weight.shape[1]
-    )
-    return plain and (bias is None or bias.shape == weight.shape[:1])
+    if weight.dim() != 2 or input.dim() == 0 or input.is_nested or input.shape[-1] != weight.shape[1]:
+        return False
+    return bias is None or bias.shape == weight.shape[:1]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as TF
 from torch import Tensor
 
-from seqkern.functional import attention
+from seqkern.functional import attention, linear
 from seqkern.nn import _masks, _nested
 from seqkern.nn.cache import KVCache
 
@@ -162,16 +162,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             "adds keys (add_bias_kv, add_zero_attn)" if self.bias_k is not None or self.add_zero_attn else ""
         )
 
+    def _joined(self, heads: Tensor) -> Tensor:
+        """`_join` for few rows."""
+        B, _, n, _ = heads.shape
+        rows = heads.transpose(1, 2).reshape(B, n, self.embed_dim)
+        return linear(rows, self.out_proj.weight, self.out_proj.bias)
+
     def attend_own(self, x: Tensor, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
         """New positions x [B, n, E] attend to those in the cache and, causally, to themselves; the cache gets them."""
         B, n, _ = x.shape
-        three = TF.linear(x, self.in_proj_weight, self.in_proj_bias)
+        three = linear(x, self.in_proj_weight, self.in_proj_bias)
         three = three.view(B, n, 3, self.num_heads, self.head_dim).permute(0, 2, 3, 1, 4)
         k, v = cache.write(layer, three.narrow(1, 1, 2))
         output: Any = attention(
             three.select(1, 0), k, v, mask=mask, causal="bottom-right" if n > 1 else False
         )
-        return self._join(output, 0)
+        return self._joined(output)
 
     def memory_pair(self, memory: Tensor) -> Tensor:
         """Keys and values [B, 2, H, S, D] of a memory [B, S, E]."""
@@ -182,8 +188,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def attend_memory(self, x: Tensor, cache: KVCache, layer: int) -> Tensor:
         """x [B, n, E] attends to the memory whose keys and values the cache holds."""
         E, b = self.embed_dim, self.in_proj_bias
-        q = TF.linear(x, self.in_proj_weight.narrow(0, 0, E), b if b is None else b.narrow(0, 0, E))
+        q = linear(x, self.in_proj_weight.narrow(0, 0, E), b if b is None else b.narrow(0, 0, E))
         k, v = cache.recall(layer)
         seen = cache.memory_seen
         output: Any = attention(self._split(q, 0), k, v, mask=seen.mask, bias=seen.bias)
-        return self._join(output, 0)
+        return self._joined(output)

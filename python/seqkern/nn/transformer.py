@@ -10,6 +10,7 @@ from inspect import signature
 import torch
 from torch import Tensor, nn
 
+from seqkern.functional import linear
 from seqkern.nn import _masks
 from seqkern.nn.attention import MultiheadAttention
 from seqkern.nn.cache import KVCache
@@ -29,6 +30,20 @@ def _residual(layer, x: Tensor, *blocks: tuple[nn.Module, Callable[[Tensor], Ten
     for norm, block in blocks:
         x = x + block(norm(x)) if layer.norm_first else norm(x + block(x))
     return x
+
+
+def _feed_forward(layer, x: Tensor) -> Tensor:
+    """`_ff_block` of few rows in eval mode; itself where someone would notice the difference."""
+    plain = type(layer)._ff_block in _FF_BLOCKS and "_ff_block" not in vars(layer)
+    for part in (layer.linear1, layer.linear2):
+        plain = plain and type(part) is nn.Linear and not (part._forward_hooks or part._forward_pre_hooks)
+    if not plain:
+        return layer._ff_block(x)
+    one, two = layer.linear1, layer.linear2
+    return linear(layer.activation(linear(x, one.weight, one.bias)), two.weight, two.bias)
+
+
+_FF_BLOCKS = (nn.TransformerEncoderLayer._ff_block, nn.TransformerDecoderLayer._ff_block)
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -80,7 +95,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             self,
             x,
             (self.norm1, lambda x: own.attend_own(x, cache, layer, mask)),
-            (self.norm2, self._ff_block),
+            (self.norm2, lambda x: _feed_forward(self, x)),
         )
 
 
@@ -119,7 +134,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             x,
             (self.norm1, lambda x: own.attend_own(x, cache, layer, mask)),
             (self.norm2, lambda x: cross.attend_memory(x, cache, layer)),
-            (self.norm3, self._ff_block),
+            (self.norm3, lambda x: _feed_forward(self, x)),
         )
 
 

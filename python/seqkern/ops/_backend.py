@@ -30,6 +30,8 @@ CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.floa
 VARIABLE = "SEQKERN_BACKEND"
 CELL_WORTH_A_GRADIENT = 4_000_000  # weights, states and input of one step
 FEW_ROWS = 16  # of a linear layer, for which weights are read as they lie
+FEW_ROWS_OF_16_BITS = 4
+WEIGHTS_WORTH_IT = 250_000  # of such a layer
 STEPS_BELOW_A_GRADIENT = {"gru": 1, "rnn_tanh": 4, "rnn_relu": 4}
 BF16_DOT = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 PLAIN = frozenset((Tensor, Parameter))
@@ -284,7 +286,10 @@ def _linear_outruns(tensors: Sequence[Tensor | None]) -> str | None:
     assert input is not None and weight is not None
     if torch.compiler.is_compiling():
         return "a linear layer that a compiler fuses"
-    if input.numel() > FEW_ROWS * weight.shape[1]:
+    if weight.numel() < WEIGHTS_WORTH_IT:
+        return "a linear layer of few weights"
+    few = FEW_ROWS if weight.itemsize > 2 else FEW_ROWS_OF_16_BITS
+    if input.numel() > few * weight.shape[1]:
         return "a linear layer of many rows"
     return "a linear layer with a gradient" if needs_grad(tensors) else None
 
