@@ -203,9 +203,13 @@ def test_dropout():
     torch.testing.assert_close(mine.std(0), other.std(0), rtol=0.2, atol=0.1)
 
 
+FORCED = ["reference", pytest.param("cpu", marks=pytest.mark.built)]
+
+
+@pytest.mark.parametrize("backend", [None, *FORCED])
 @pytest.mark.parametrize("norm_first", [False, True])
 @torch.no_grad()
-def test_inside_torchs_own_encoder(norm_first):
+def test_inside_torchs_own_encoder(norm_first, backend):
     """torch hands our layers nested tensors in place of padded sequences, and gets nested tensors back."""
     mine = build(seqkern.nn, "TransformerEncoderLayer", batch_first=True, norm_first=norm_first)
     encoder = nn.TransformerEncoder(mine, 2).eval()
@@ -214,7 +218,7 @@ def test_inside_torchs_own_encoder(norm_first):
     theirs.load_state_dict(encoder.state_dict())
     x = torch.randn(B, S, E)
     for masks in ({"src_key_padding_mask": PADDING}, {"mask": CAUSAL[S]}, {}):
-        with _backend.watch() as seen:
+        with _backend.watch() as seen, seqkern.backend(backend):
             got = encoder(x, **masks)
         assert len(seen) == 2
         torch.testing.assert_close(got, theirs(x, **masks), rtol=1e-4, atol=1e-5)
@@ -414,11 +418,12 @@ def test_transforms(kind):
     torch.testing.assert_close(got, torch.stack([theirs(x, *rest) for x in xs]), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("backend", FORCED)  # torch's own kernel has no second derivative
 @pytest.mark.parametrize("kind", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
-def test_second_derivatives(kind):
+def test_second_derivatives(kind, backend):
     ours = build(seqkern.nn, kind, torch.float64, activation=torch.tanh)
     inputs = tuple(x[:2, :1].clone().requires_grad_() for x in inputs_of(kind, torch.float64))
-    with seqkern.backend("reference"):  # torch's own kernel has no second derivative
+    with seqkern.backend(backend):
         assert torch.autograd.gradgradcheck(ours, inputs, fast_mode=True)
 
 
