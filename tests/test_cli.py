@@ -24,7 +24,7 @@ def test_info_names_version_and_kernels():
 def test_verify_passes():
     done = run("verify")
     assert done.exit_code == 0, done.output
-    assert done.output.count(" ok ") == 7
+    assert done.output.count(" ok ") == 10
 
 
 def test_demo_shows_both_runs_and_draws(tmp_path):

@@ -62,17 +62,24 @@ def _gpu() -> str:
 
 @app.command()
 def verify() -> None:
-    """Holds every recurrent layer against torch and float64; exit code 1 where one is less accurate."""
-    cases = [(name, {}) for name in ("RNN", "LSTM", "GRU")]
-    cases += [(name, {"num_layers": 2, "bidirectional": True}) for name in ("RNN", "LSTM", "GRU")]
-    cases.append(("LSTM", {"proj_size": 24}))
+    """Holds every kind of layer against torch and float64; exit code 1 where one is less accurate."""
+    layers = ("RNN", "LSTM", "GRU")
+    recurrent = [(name, {}) for name in layers]
+    recurrent += [(name, {"num_layers": 2, "bidirectional": True}) for name in layers]
+    recurrent.append(("LSTM", {"proj_size": 24}))
+    cases = [(name, (40, 64), options, 1) for name, options in recurrent]
+    cases.append(("MultiheadAttention", (40, 4), {"add_bias_kv": True}, 3))
+    cases += [
+        (f"Transformer{part}Layer", (40, 4, 64), {}, n) for n, part in enumerate(("Encoder", "Decoder"), 1)
+    ]
     rows, failed = [], 0
-    for name, options in cases:
+    for name, sizes, options, inputs in cases:
         torch.manual_seed(0)
-        model = getattr(torch.nn, name)(40, 64, **options)
+        model = getattr(torch.nn, name)(*sizes, **options)
+        given = [torch.randn(30, 8, 40) for _ in range(inputs)]
         try:
             with testing.without_torchs_warnings():
-                result, verdict = seqkern.verify(model, torch.randn(30, 8, 40)), True
+                result, verdict = seqkern.verify(model, *given), True
         except seqkern.VerificationError as e:
             result, verdict = e.result, False
             failed += 1
