@@ -294,6 +294,16 @@ def test_an_error_within_a_step_leaves_the_cache_as_it_was(failing):
     )
 
 
+def test_a_first_call_that_fails_may_be_made_again_with_another_memory():
+    _, ours, _ = made("Decoder", batch_first=True)
+    x, memory, cache = torch.randn(2, 3, E), torch.randn(2, S, E), KVCache()
+    ours.layers[1].norm3.forward = None
+    with pytest.raises(TypeError):
+        ours.step(x, torch.randn(2, S + 1, E), cache)
+    del ours.layers[1].norm3.forward
+    torch.testing.assert_close(ours.step(x, memory, cache), ours.step(x, memory, KVCache()))
+
+
 class OwnBlock(seqkern.nn.TransformerEncoderLayer):
     def _sa_block(self, x, *args, **kwargs):
         return 2 * super()._sa_block(x, *args, **kwargs)

@@ -63,7 +63,7 @@ def _remember(
     stack: Any, cache: KVCache, memory: Tensor | None, padding: Tensor | None, x: Tensor, first: int
 ) -> None:
     """Has the cache hold each layer's keys and values of the memory; at the first call only."""
-    if cache.memory is not None:
+    if cache.memory is not None and cache.owner is not None:  # a first call that failed leaves no owner
         if memory is not None and memory is not cache.memory:
             raise ValueError(
                 "step: the cache holds another memory; pass the same tensor or None, or clear the cache"
