@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkern.ops import _backend
+from seqkern.ops import _backend, _torchs_own
 from seqkern.ops import attention as _declares_the_ops  # noqa: F401
 from seqkern.ops._attention_backends import Wanted
 from seqkern.ops._checks_attention import (
@@ -58,11 +58,8 @@ def _longest(name: str, cu: Tensor, total: int, rows: str, given: int | None) ->
     return longest if given is None else given
 
 
-def _run(
-    t: Tensors, o: Options, wanted: Wanted, backend: str | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Output, lse and weights by the chosen backend; the last two are None where they were not wanted."""
-    name = _backend.choose(_backend.Call("attention", t, wanted), backend).name
+def _run(t: Tensors, o: Options, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Output, lse and weights by a backend; the last two are None where they were not wanted."""
     if name == "torch":
         return _torch(t, o), None, None
     if o.dropout_p > 0 and t.seed is None:
@@ -82,8 +79,15 @@ def _torch(t: Tensors, o: Options) -> Tensor:
     left, right = o.window_left, o.window_right
     plain = t.mask is None and t.bias is None and t.alibi_slopes is None and left < 0
     if plain and (right < 0 or (right == 0 and offset == 0)):
-        return F.scaled_dot_product_attention(
-            q, k, v, dropout_p=o.dropout_p, is_causal=right == 0, scale=o.scale, enable_gqa=gqa
+        return _torchs_own.call(
+            F.scaled_dot_product_attention,
+            q,
+            k,
+            v,
+            dropout_p=o.dropout_p,
+            is_causal=right == 0,
+            scale=o.scale,
+            enable_gqa=gqa,
         )
     distance = torch.arange(S, device=q.device) - torch.arange(L, device=q.device)[:, None] - offset
     mask, bias = t.mask, t.bias
@@ -106,8 +110,15 @@ def _torch(t: Tensors, o: Options) -> Tensor:
     if bias is not None:
         bias = bias.to(q.dtype)
         mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=o.dropout_p, scale=o.scale, enable_gqa=gqa
+    return _torchs_own.call(
+        F.scaled_dot_product_attention,
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=o.dropout_p,
+        scale=o.scale,
+        enable_gqa=gqa,
     )
 
 
@@ -228,7 +239,8 @@ def attention(
     check_extras(t, batch, L, S)
     t = t._replace(mask=_four(mask), bias=_four(bias))
     wanted = Wanted(o, return_lse, dropout_seed is not None)
-    output, lse, shares = _run(t, o, wanted, backend)
+    name = _backend.choose(_backend.Call("attention", t, wanted), backend).name
+    output, lse, shares = _run(t, o, name)
     found = (output, *([lse] if return_lse else []), *([shares] if return_weights else []))
     return found if len(found) > 1 else output
 
@@ -302,8 +314,9 @@ def scaled_dot_product_attention(
     """
 
     def by_torch() -> Tensor:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        arguments = (query, key, value, attn_mask, dropout_p, is_causal)
+        return _torchs_own.call(
+            F.scaled_dot_product_attention, *arguments, scale=scale, enable_gqa=enable_gqa
         )
 
     given = (query, key, value, *(() if attn_mask is None else (attn_mask,)))
@@ -327,7 +340,8 @@ def scaled_dot_product_attention(
             window_right=0 if is_causal else -1,
         )
     wanted = Wanted(o, only_torch=beyond)
-    if _backend.choose(_backend.Call("attention", t, wanted)).name == "torch":
+    name = _backend.choose(_backend.Call("attention", t, wanted)).name
+    if name == "torch":
         return by_torch()
-    output = _run(t, o, wanted, None)[0]
+    output = _run(t, o, name)[0]
     return output.reshape(*query.shape[:-1], value.shape[-1])

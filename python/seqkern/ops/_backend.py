@@ -309,10 +309,16 @@ def forced() -> str | None:
 
 
 def choose(call: Call, name: str | None = None) -> Choice:
-    """The backend for a call; ``name`` forces one for this call, before `backend` and SEQKERN_BACKEND.
+    """The backend for a call, which `watch` sees; ``name`` forces one for this call, before `backend` and
+    SEQKERN_BACKEND.
 
     Raises ValueError for an unknown name and RuntimeError if the forced backend declines.
     """
+    return note(call, pick(call, name))
+
+
+def pick(call: Call, name: str | None = None) -> Choice:
+    """What `choose` returns, unseen by `watch`."""
     if name is not None:
         named = _known(name, "backend")
     else:
@@ -323,19 +329,20 @@ def choose(call: Call, name: str | None = None) -> Choice:
                 f"backend {named!r} was forced for {call.op} but cannot serve it: {reason}; "
                 f"leave the choice open or force another of {', '.join(BACKENDS)}"
             )
-        return _seen(call, Choice(named))
+        return Choice(named)
     input = call.tensors[0]
     assert input is not None
     declined, avoids = [], {"cpu": _cpu_avoids, "torch": _torch_avoids, "triton": _triton_avoids}
     for each in ORDER.get(input.device.type, ("torch", "reference")):
         reason = declines(each, call) or (avoids[each](call) if each in avoids else None)
         if reason is None:
-            return _seen(call, Choice(each, tuple(declined)))
+            return Choice(each, tuple(declined))
         declined.append((each, reason))
     raise AssertionError("the reference serves every call")
 
 
-def _seen(call: Call, choice: Choice) -> Choice:
+def note(call: Call, choice: Choice) -> Choice:
+    """Shows a choice to `watch`."""
     if not torch.compiler.is_compiling() and (seen := _watching.get()) is not None:
         seen.append((call, choice))
     return choice
