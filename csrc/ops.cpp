@@ -1,27 +1,13 @@
 // seqkern::rnn_forward and seqkern::rnn_backward on the CPU: tensors checked and laid out as calls of the
 // kernels. The schemas and the meaning of each form stand in python/seqkern/ops/rnn.py.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <array>
-#include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
 
-#include "cpu/dispatch.h"
+#include "tensors.h"
 
 namespace {
 
-using seqkern::Cell;
-using seqkern::Dtype;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
-
-#define SK_REQUIRE(condition, ...) STD_TORCH_CHECK(condition, "seqkern: ", __VA_ARGS__)
+using namespace seqkern;
 
 Cell cell_named(const std::string& name) {
     if (name == "lstm") return Cell::lstm;
@@ -31,45 +17,8 @@ Cell cell_named(const std::string& name) {
     return Cell::rnn_relu;
 }
 
-Dtype dtype_of(const Tensor& t) {
-    switch (t.scalar_type()) {
-        case ScalarType::Float:
-            return Dtype::f32;
-        case ScalarType::Double:
-            return Dtype::f64;
-        case ScalarType::BFloat16:
-            return Dtype::bf16;
-        case ScalarType::Half:
-            return Dtype::f16;
-        default:
-            SK_REQUIRE(false, "input must be float32, float64, bfloat16 or float16");
-    }
-    return Dtype::f32;
-}
-
 long gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
 long reserve_of(Cell cell) { return cell == Cell::lstm ? 5 : cell == Cell::gru ? 4 : 0; }
-
-std::string written(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-    std::string text = "[";
-    for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
-    return text + "]";
-}
-
-bool lies_plain(const Tensor& t) {
-    auto sizes = t.sizes(), strides = t.strides();
-    int64_t want = 1;
-    for (size_t i = sizes.size(); i-- > 0; want *= sizes[i]) {
-        if (sizes[i] == 0) return true;
-        if (sizes[i] != 1 && strides[i] != want) return false;
-    }
-    return true;
-}
-
-Tensor empty(const Tensor& like, const Sizes& sizes, std::optional<ScalarType> dtype = std::nullopt) {
-    return torch::stable::new_empty(
-        like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
-}
 
 // The tensors of a call, checked, and the plain copies that its pointers point into.
 class Arguments {

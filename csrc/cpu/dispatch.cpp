@@ -29,17 +29,30 @@ bool runs(const std::string& name) {
     return name == "baseline";
 }
 
-const std::vector<const KernelTable*>& tables() {
+struct Isa {
+    const KernelTable* kernels;
+    const AttentionTable* attention;
+};
+
+const std::vector<Isa>& tables() {
     static const auto found = [] {
-        std::vector<const KernelTable*> list;
-        for (auto table : {isa_baseline_table(), isa_avx2_table(), isa_avx512_table()})
-            if (table && runs(table->name)) list.push_back(table);
+        const Isa known[] = {{isa_baseline_table(), attention_baseline_table()},
+                             {isa_avx2_table(), attention_avx2_table()},
+                             {isa_avx512_table(), attention_avx512_table()}};
+        std::vector<Isa> list;
+        for (const Isa& isa : known)
+            if (isa.kernels && runs(isa.kernels->name)) list.push_back(isa);
         return list;
     }();
     return found;
 }
 
-std::atomic<const KernelTable*> in_use{nullptr};
+std::atomic<const Isa*> forced_isa{nullptr};
+
+const Isa& in_use() {
+    const Isa* forced = forced_isa.load(std::memory_order_relaxed);
+    return forced ? *forced : tables().back();
+}
 
 // libgomp's pool does not survive a fork: in the child, a parallel region would wait for threads that are not
 // there.
@@ -54,6 +67,18 @@ using Clock = std::chrono::steady_clock;
 // Until then, cores are taken to be held by other work, and no call may need a barrier in every step.
 std::atomic<Clock::rep> crowded_until{0};
 constexpr auto CROWDED_FOR = std::chrono::milliseconds(200);
+
+int threads_worth(double flop) {
+    return static_cast<int>(std::clamp(flop / FLOP_WORTH_A_THREAD, 1.0, static_cast<double>(max_threads())));
+}
+
+double flop(const AttentionCall& c) {
+    return 2.0 * static_cast<double>(c.total_q * c.Hq) * static_cast<double>(c.S) *
+           static_cast<double>(c.D + c.Dv);
+}
+
+int threads_for(const AttentionForward& c) { return threads_worth(flop(c)); }
+int threads_for(const AttentionBackward& c) { return threads_worth(2.5 * flop(c)); }
 
 int threads_for(const Layer& c) {
     const double gates = c.cell == Cell::lstm ? 4 : c.cell == Cell::gru ? 3 : 1;
@@ -113,30 +138,27 @@ void measure(Probe& probe, double amount, F piece) {
 
 std::vector<std::string> isas() {
     std::vector<std::string> names;
-    for (auto table : tables()) names.emplace_back(table->name);
+    for (const Isa& isa : tables()) names.emplace_back(isa.kernels->name);
     return names;
 }
 
 void force_isa(const std::optional<std::string>& name) {
     if (!name) {
-        in_use = nullptr;
+        forced_isa = nullptr;
         return;
     }
     std::string known;
-    for (auto table : tables()) {
-        if (*name == table->name) {
-            in_use = table;
+    for (const Isa& isa : tables()) {
+        if (*name == isa.kernels->name) {
+            forced_isa = &isa;
             return;
         }
-        known += (known.empty() ? "" : ", ") + std::string(table->name);
+        known += (known.empty() ? "" : ", ") + std::string(isa.kernels->name);
     }
     throw std::invalid_argument("isa is '" + *name + "', this machine runs " + known);
 }
 
-const KernelTable& kernels() {
-    const KernelTable* forced = in_use.load(std::memory_order_relaxed);
-    return forced ? *forced : *tables().back();
-}
+const KernelTable& kernels() { return *in_use().kernels; }
 
 int max_threads() {
     if (forked || omp_in_parallel()) return 1;
@@ -165,6 +187,16 @@ void forward(const ForwardCall& call) {
 
 void backward(const BackwardCall& call) {
     const KernelTable& table = kernels();
+    run(call, table.backward_shared_bytes(call), table.backward);
+}
+
+void attention_forward(const AttentionForward& call) {
+    const AttentionTable& table = *in_use().attention;
+    run(call, table.forward_shared_bytes(call), table.forward);
+}
+
+void attention_backward(const AttentionBackward& call) {
+    const AttentionTable& table = *in_use().attention;
     run(call, table.backward_shared_bytes(call), table.backward);
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_call.h"
 #include "kernels.h"
 
 namespace seqkern {
@@ -20,6 +21,8 @@ void run_team(int threads, void (*fn)(void* context, const Team& team), void* co
 
 void forward(const ForwardCall& call);
 void backward(const BackwardCall& call);
+void attention_forward(const AttentionForward& call);
+void attention_backward(const AttentionBackward& call);
 
 double fma_peak(double seconds);                             // GFLOP/s, all threads, float32
 double read_bandwidth(unsigned long bytes, double seconds);  // GB/s, all threads, each its own share

@@ -98,22 +98,23 @@ __attribute__((noinline)) TileFn<A> tile_for(long rows, long panels) {
 constexpr long K_BLOCK =
     1024;  // a panel block of 1024 x 64 floats is 256 KB: it stays in L2 under the row tiles
 
-// o[panel][row][W] (+)= a[row][k] b[panel][k][W]
-template <class A, int NV>
+// o[panel][row][W] (+)= a[row][k] b[panel][k][W]; KMAJOR: a[k][row]
+template <class A, int NV, bool KMAJOR = false>
 void gemm(long M, const A* a, long lda, Panels<A> b, long panels, long K, A* o, long ldo, long o_stride,
           bool accumulate) {
     if (M <= 0) return;
     long tiles = ceil_div(M, max_rows<NV>()), base = M / tiles, longer = M % tiles;
     for (long k0 = 0; k0 == 0 || k0 < K; k0 += K_BLOCK) {
         long depth = min_of(K_BLOCK, K - k0);
+        const A* from = a + (KMAJOR ? k0 * lda : k0);
         for (long p = 0; p < panels;) {
             long group = min_of(max_panels<NV>(longer ? base + 1 : base), panels - p);
             if (group == 3) group = 2;
-            TileFn<A> small = tile_for<A, NV, false>(base, group);
-            TileFn<A> large = longer ? tile_for<A, NV, false>(base + 1, group) : small;
+            TileFn<A> small = tile_for<A, NV, KMAJOR>(base, group);
+            TileFn<A> large = longer ? tile_for<A, NV, KMAJOR>(base + 1, group) : small;
             for (long i = 0, row = 0; i < tiles; ++i) {
                 long rows = base + (i < longer);
-                (i < longer ? large : small)(a + row * lda + k0, lda, b.from(p, k0), depth,
+                (i < longer ? large : small)(from + (KMAJOR ? row : row * lda), lda, b.from(p, k0), depth,
                                              o + p * o_stride + row * ldo, ldo, o_stride,
                                              accumulate || k0 > 0);
                 row += rows;
@@ -121,6 +122,18 @@ void gemm(long M, const A* a, long lda, Panels<A> b, long panels, long K, A* o, 
             p += group;
         }
     }
+}
+
+// o[row][0..N) (+)= sum over k of a[row][k] (KMAJOR: a[k][row]) b[k][0..N), all row-major; N is a whole
+// number of vectors.
+template <class A, bool KMAJOR = false>
+void multiply_rows(long M, const A* a, long lda, const A* b, long ldb, long N, long K, A* o, long ldo,
+                   bool accumulate) {
+    constexpr long n = Simd<A>::n, W = 2 * n;
+    const long whole = N / W;
+    if (whole) gemm<A, 2, KMAJOR>(M, a, lda, {b, ldb, W}, whole, K, o, ldo, W, accumulate);
+    if (N % W)
+        gemm<A, 1, KMAJOR>(M, a, lda, {b + whole * W, ldb, n}, 1, K, o + whole * W, ldo, n, accumulate);
 }
 
 // n x n transpose in log2(n) rounds of interleaving.

@@ -26,6 +26,7 @@ struct Simd<float> {
     typedef unsigned int U __attribute__((vector_size(SEQKERN_VECTOR_BYTES)));
     typedef unsigned short Shorts
         __attribute__((vector_size(SEQKERN_VECTOR_BYTES / 2), aligned(2), may_alias));
+    typedef unsigned char Bytes __attribute__((vector_size(SEQKERN_VECTOR_BYTES / 4)));
 };
 
 template <>
@@ -35,6 +36,7 @@ struct Simd<double> {
     typedef double Unaligned __attribute__((vector_size(SEQKERN_VECTOR_BYTES), aligned(8), may_alias));
     typedef long I __attribute__((vector_size(SEQKERN_VECTOR_BYTES)));
     typedef unsigned long U __attribute__((vector_size(SEQKERN_VECTOR_BYTES)));
+    typedef unsigned char Bytes __attribute__((vector_size(SEQKERN_VECTOR_BYTES / 8)));
 };
 
 template <class A>

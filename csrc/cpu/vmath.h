@@ -60,6 +60,31 @@ SK_INLINE void exp_parts(Vec<A> x, Vec<A>& scale, Vec<A>& poly, Vec<A> unit = Ve
     scale = (Vec<A>)(((U)shifted << T::mantissa_bits) + (U)unit);
 }
 
+// Interpolants of (2^r - 1) / r at the Chebyshev nodes of |r| <= 1/2. Relative error against 2^r:
+// float 5.1e-9, double 8.5e-18.
+template <class A>
+struct Exp2Table;
+
+template <>
+struct Exp2Table<float> {
+    static constexpr int terms = 6;
+    static constexpr float c[terms] = {0.693147188026228781f,  0.240226507605681269f,
+                                       0.0555035711421907782f, 0.00961808255727785f,
+                                       0.00133908633646712f,   0.000154531629451206902f};
+    static constexpr float lowest = -127.0f;
+};
+
+template <>
+struct Exp2Table<double> {
+    static constexpr int terms = 11;
+    static constexpr double c[terms] = {
+        0.693147180559945309417,     0.2402265069591009822,       0.0555041086648215943387,
+        0.00961812910760688852728,   0.00133335581464169353104,   0.000154035304417360501549,
+        0.0000152527338298361183944, 0.0000013215442587921689653, 1.01780624458457735207e-7,
+        7.07258594926922369986e-9,   4.45496059818651839378e-10};
+    static constexpr double lowest = -1023.0;
+};
+
 // Written so that one instruction does it and a NaN passes.
 template <class A>
 SK_INLINE Vec<A> at_least(Vec<A> x, A low) {
@@ -81,6 +106,22 @@ SK_INLINE Vec<A> exp(Vec<A> x) {
     Vec<A> e = (scale * poly + scale) * (x > 0 ? one * 4 : one);
     e = x < T::lowest ? zero : e;
     return x > T::highest ? zero + static_cast<A>(__builtin_inf()) : e;
+}
+
+// 2^x for x up to 0 or a little above; exactly 1 at 0. Below 2^-126 (-1022) it fades to 0, exactly so for
+// -inf.
+template <class A>
+SK_INLINE Vec<A> exp2_below(Vec<A> x) {
+    using T = Exp2Table<A>;
+    using U = typename Simd<A>::U;
+    x = at_least<A>(x, T::lowest);
+    const Vec<A> shifted = x + ExpTable<A>::round_magic;
+    const Vec<A> r = x - (shifted - ExpTable<A>::round_magic);
+    Vec<A> q = Vec<A>{} + T::c[T::terms - 1];
+    SK_UNROLL
+    for (int i = T::terms - 2; i >= 0; --i) q = q * r + T::c[i];
+    const Vec<A> scale = (Vec<A>)(((U)shifted << ExpTable<A>::mantissa_bits) + (U)(Vec<A>{} + 1));
+    return (q * r) * scale + scale;
 }
 
 // The upper clamp lies where the scale is infinite, and so the result 0.

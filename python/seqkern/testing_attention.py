@@ -182,18 +182,23 @@ def run(
 
 
 def _as_fused(case: Case) -> Case:
-    """The case with what a fused backward loses in its sums: it takes a row's sum of p dp from the output.
+    """The case with what a fused backward loses to rounding, as errors of the gradients that it is given.
 
-    sum(p dp) = output . grad_output, of the rounded output, added up in float32: an error there is one of the gradient
-    of lse.
+    It makes the weights again from the lse that was computed in the case's dtype, which scales a row and all that
+    follows from it; and it takes a row's sum(p dp) = output . grad_output from the output that was, added up in
+    float32, which is an error of the gradient of lse.
     """
-    wide = case.to(torch.float64)
-    output = spec.attention(*wide.tensors, *wide.options)[0]
-    given, kept = case.grads[0].dtype, case.grads[1].dtype
-    terms = output.to(given).to(kept) * case.grads[0].to(kept)
+    wide, kept = case.to(torch.float64), case.grads[1].dtype
+    output, lse, _ = spec.attention(*wide.tensors, *wide.options)
+    output_given, lse_given, _ = spec.attention(*case.tensors, *case.options)
+    terms = output_given.to(kept) * case.grads[0].to(kept)
     lost = terms.cumsum(dim=-1)[..., -1] - (output * wide.grads[0]).sum(dim=-1)
-    lost = lost if case.tensors.cu_seqlens_q is None else lost.T
-    return replace(wide, grads=(wide.grads[0], wide.grads[1] - lost))
+    scaled = torch.exp(torch.where(lse == -torch.inf, 0.0, lse - lse_given))
+    if case.tensors.cu_seqlens_q is not None:
+        lost, per_row = lost.T, scaled.T
+    else:
+        per_row = scaled
+    return replace(wide, grads=(wide.grads[0] * per_row[..., None], (wide.grads[1] - lost) * scaled))
 
 
 def check(cases: Case | Sequence[Case], *functions: Callable, what: str = "") -> None:

@@ -1,0 +1,76 @@
+// The interface between the dispatcher and the attention kernels: plain data only. The meaning of the options
+// stands in python/seqkern/spec/attention.py.
+#pragma once
+
+#include "kernels.h"
+
+namespace seqkern {
+
+// A [B, H, rows, size] tensor whose last stride is 1, or a packed [total, H, size] one with batch stride 0.
+struct Operand {
+    const void* p;
+    long b, h, i;
+};
+
+struct Result {
+    void* p;
+    long b, h, i;
+};
+
+// A [B, H, L, S] tensor; the stride of a broadcast dimension is 0, that of keys 0 or 1. p is null where the
+// call has none.
+struct Plane {
+    const void* p;
+    long b, h, i, j;
+};
+
+// Sizes: B batch, Hq heads of queries, Hkv of keys and values, L queries, S keys, D head size, Dv of values.
+struct AttentionCall {
+    Dtype dtype;
+    long B, Hq, Hkv, L, S, D, Dv;   // packed: L and S of the longest sequence
+    const long *start_q, *start_k;  // packed: [B + 1], where each sequence begins; null: dense
+    long total_q;                   // rows of queries in all: B L, or those that are packed
+    Operand q, k, v;
+    Plane mask;  // of bool
+    Plane bias;  // of the dtype, or of the wide one (double for f64, else float)
+    bool bias_is_wide;
+    const double *slopes, *sinks;  // [B, Hq], [Hq]; null: none
+    double scale, softcap;         // softcap 0: none
+    long left, right;              // of the window; -1: no limit
+    bool bottom_right;
+    double dropout_p;
+    unsigned int drop_below;  // of 24 random bits: those that are smaller drop the weight
+    unsigned long seed;
+};
+
+struct AttentionForward : AttentionCall {
+    Result output;
+    Result lse;      // wide, size 1
+    Result weights;  // [B, Hq, L, S], or for the mean [B, L, S] with a head stride of 0; null: not wanted
+    bool mean;
+};
+
+struct AttentionBackward : AttentionCall {
+    Operand output, grad_output;  // grad_output null: zero
+    Operand lse, grad_lse;        // wide, size 1; grad_lse null: zero
+    Plane grad_weights;           // of the dtype; null: zero
+    bool mean;                    // grad_weights is that of the mean over the heads
+    Result d_q;                   // wide, zeros before the call; null: not wanted
+    Result d_k, d_v;              // null: not wanted (they go together)
+    Result d_bias;                // wide, zeros before the call; 0 for the stride of a size of 1
+    long d_bias_j;                // 1, or 0 where the bias has one number for all keys
+    double *d_slopes, *d_sinks;   // [B, Hq] each; null: not wanted
+};
+
+struct AttentionTable {
+    unsigned long (*forward_shared_bytes)(const AttentionForward&);
+    void (*forward)(const AttentionForward&, char* shared, const Team&);
+    unsigned long (*backward_shared_bytes)(const AttentionBackward&);
+    void (*backward)(const AttentionBackward&, char* shared, const Team&);
+};
+
+const AttentionTable* attention_baseline_table();
+const AttentionTable* attention_avx2_table();
+const AttentionTable* attention_avx512_table();
+
+}  // namespace seqkern

@@ -1,0 +1,264 @@
+// Attention forward: panels of queries against blocks of keys, softmax on the way, both products as matmuls.
+// Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867; blocks: Dao 2023, arXiv:2307.08691.
+#pragma once
+
+#include "attention_scores.h"
+
+namespace seqkern {
+namespace SEQKERN_ISA {
+
+// Hands out 0, 1, ... to the threads of a team. Which thread takes what changes no result.
+SK_INLINE long take_ticket(long* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
+
+// The running maximum, the sum of exponentials and their mean of the values, of one panel.
+template <class A>
+struct Running {
+    A *m, *l;  // [W]
+    A* out;    // [W][buffer_ld(Dv)]
+};
+
+// A tile of scores joins the softmax of its panel and becomes weights, relative to the new maximum.
+template <class A>
+SK_INLINE void join_softmax(A* tile, long keys, const Running<A>& run, long count, long Nv) {
+    constexpr long n = Simd<A>::n, W = 2 * n;
+    const Vec<A> hidden = Vec<A>{} - static_cast<A>(__builtin_inf());
+    A fade[W] __attribute__((aligned(SEQKERN_VECTOR_BYTES)));
+    bool fades = false;
+    Vec<A> top[2][2] = {{hidden, hidden}, {hidden, hidden}}, shift[2], sum[2] = {};
+    for (long k = 0; k < keys; k += 2) SK_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        const long next = min_of(k + 1, keys - 1);
+        const Vec<A> a = load<A>(tile + k * W + half * n), b = load<A>(tile + next * W + half * n);
+        top[half][0] = a > top[half][0] ? a : top[half][0];
+        top[half][1] = b > top[half][1] ? b : top[half][1];
+    }
+    SK_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        const Vec<A> before = load<A>(run.m + half * n);
+        Vec<A> m = top[half][0] > top[half][1] ? top[half][0] : top[half][1];
+        m = m > before ? m : before;
+        shift[half] = m == hidden ? Vec<A>{} : m;
+        const Vec<A> f = exp2_below<A>(before - shift[half]);
+        store<A>(fade + half * n, f);
+        store<A>(run.m + half * n, m);
+        store<A>(run.l + half * n, load<A>(run.l + half * n) * f);
+    }
+    for (long lane = 0; lane < count; ++lane) fades = fades || fade[lane] != 1;
+    for (long k = 0; k < keys; ++k) SK_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        A* at = tile + k * W + half * n;
+        const Vec<A> p = exp2_below<A>(load<A>(at) - shift[half]);
+        sum[half] += p;
+        store<A>(at, p);
+    }
+    SK_UNROLL
+    for (int half = 0; half < 2; ++half) store<A>(run.l + half * n, load<A>(run.l + half * n) + sum[half]);
+    if (!fades) return;
+    for (long lane = 0; lane < count; ++lane) {
+        A* row = run.out + lane * (Nv + n);
+        for (long c = 0; c < Nv; c += n) store<A>(row + c, load<A>(row + c) * fade[lane]);
+    }
+}
+
+template <class A>
+SK_INLINE void drop_weights(const Dropout<A>& dropout, A* tile, Span keys) {
+    constexpr long n = Simd<A>::n, W = 2 * n;
+    for (long k = keys.begin; k < keys.end; k += 4)
+        for (long half = 0; half < 2; ++half) {
+            Vec<A> factor[4];
+            dropout.factors(half, k, factor);
+            for (long j = 0; j < min_of(4, keys.end - k); ++j) {
+                A* at = tile + (k - keys.begin + j) * W + half * n;
+                store<A>(at, load<A>(at) * factor[j]);
+            }
+        }
+}
+
+template <class A>
+SK_INLINE bool is_finite(const A* row, long size) {
+    bool finite = true;
+    for (long c = 0; c < size; ++c) finite = finite && row[c] - row[c] == 0;
+    return finite;
+}
+
+// Where a mask is given: a row that no query of these panels sees and that is not finite is zeroed in a copy,
+// for a weight of 0 times NaN would be NaN.
+template <class A>
+SK_INLINE Rows<A> without_unseen(const AttentionCall& c, const Sequence& s, const Panel<A>* panels,
+                                 long count, Rows<A> rows, Span keys, long size, A* buffer) {
+    if (!c.mask.p) return rows;
+    constexpr long n = Simd<A>::n;
+    Vec<A> probe{};
+    for (long r = 0; r < keys.end - keys.begin; ++r)
+        for (long at = 0; at < padded<A>(size); at += n) probe += load<A>(rows.p + r * rows.ld + at) * A{};
+    bool finite = true;
+    for (long lane = 0; lane < n; ++lane) finite = finite && probe[lane] == 0;
+    if (finite) return rows;
+    const long ld = buffer_ld<A>(size);
+    for (long r = 0; r < keys.end - keys.begin; ++r) {
+        if (rows.p != buffer) copy_scaled<A, A>(buffer + r * ld, rows.p + r * rows.ld, size, 1);
+        if (is_finite(buffer + r * ld, size)) continue;
+        bool seen = false;
+        for (long p = 0; p < count && !seen; ++p) {
+            const Scores<A> scores(c, s, panels[p]);
+            for (long lane = 0; lane < panels[p].count; ++lane)
+                seen = seen || scores.sees(lane, keys.begin + r);
+        }
+        if (!seen)
+            for (long at = 0; at < padded<A>(size); ++at) buffer[r * ld + at] = 0;
+    }
+    return {buffer, ld};
+}
+
+// How the rows of a call are shared out. Chosen from its sizes alone.
+template <class A>
+struct ForwardPlan {
+    static constexpr long W = Panel<A>::W, ROWS = 128, MOST = ROWS / W, SPLIT = 1024, UNITS = 32;
+    long together, blocks, splits, Nv;  // panels of a unit, units of a group, parts of the keys
+
+    explicit ForwardPlan(const AttentionForward& c) : Nv(padded<A>(c.Dv)) {
+        const long panels = HeadGroup<A>::panels_for(c.Hq / c.Hkv, c.L), groups = c.B * c.Hkv;
+        together = MOST;
+        while (together > 1 && groups * ceil_div(panels, together) < UNITS) together /= 2;
+        together = max_of(1, min_of(together, panels));
+        blocks = ceil_div(panels, together);
+        splits = groups * blocks < UNITS && c.S >= 2 * SPLIT ? ceil_div(c.S, SPLIT) : 1;
+    }
+    long units(const AttentionForward& c) const { return c.B * c.Hkv * blocks * splits; }
+    long panel_size() const { return W * (Nv + Simd<A>::n) + 2 * W; }  // of a Running
+
+    Running<A> running(A* base) const { return {base, base + W, base + 2 * W}; }
+};
+
+// The panel's softmax is complete: sinks join, output and log-sum-exp are written.
+template <class A, class S>
+void finish_panel(const AttentionForward& c, const Sequence& s, const Panel<A>& panel, const Running<A>& run,
+                  long Nv) {
+    constexpr long n = Simd<A>::n;
+    using Wide = A;
+    for (long lane = 0; lane < panel.count; ++lane) {
+        const long h = panel.h[lane], i = s.from_q + panel.i[lane];
+        A m = run.m[lane], l = run.l[lane], factor = 1;
+        const A hidden = -static_cast<A>(__builtin_inf());
+        if (c.sinks) {
+            const A sink = static_cast<A>(c.sinks[h] * LOG2E), top = m > sink ? m : sink;
+            const A shift = top == hidden ? A{} : top;
+            const Vec<A> grown = exp2_below<A>(Vec<A>{m - shift, sink - shift});
+            factor = grown[0], l = l * grown[0] + grown[1], m = top;
+        }
+        const bool empty = l == 0;
+        factor = empty ? A{} : factor / l;
+        S* to = row_of<S>(c.output, s, h, i);
+        const A* from = run.out + lane * (Nv + n);
+        for (long at = 0; at < c.Dv; at += n) {
+            // without a key there is nothing in the memory that counts
+            const Vec<A> v = empty ? Vec<A>{} : load<A>(from + at) * factor;
+            store_n<A>(to + at, v, c.Dv - at);
+        }
+        const A log2 =
+            sizeof(A) == 4 ? __builtin_log2f(static_cast<float>(l)) : static_cast<A>(__builtin_log2(l));
+        *row_of<Wide>(c.lse, s, h, i) = empty ? hidden : (m + log2) * static_cast<A>(LN2);
+    }
+}
+
+template <class A, class S>
+struct ForwardUnit {
+    static constexpr long n = Simd<A>::n, W = 2 * n, MOST = ForwardPlan<A>::MOST;
+    const AttentionForward& c;
+    const ForwardPlan<A> plan;
+    A *columns, *rows, *tile, *k, *v, *own;
+    Panel<A> panels[MOST];
+
+    static unsigned long numbers(const AttentionForward& c) {
+        const ForwardPlan<A> plan(c);
+        return MOST * c.D * W + W * buffer_ld<A>(c.D) + KEYS * W +
+               KEYS * (buffer_ld<A>(c.D) + buffer_ld<A>(c.Dv)) + MOST * plan.panel_size() + 6 * n;
+    }
+
+    ForwardUnit(const AttentionForward& c, A* memory) : c(c), plan(c) {
+        auto take = [&](long count) {
+            A* p = memory;
+            memory += ceil_div(count, n) * n;
+            return p;
+        };
+        columns = take(MOST * c.D * W), rows = take(W * buffer_ld<A>(c.D)), tile = take(KEYS * W);
+        k = take(KEYS * buffer_ld<A>(c.D)), v = take(KEYS * buffer_ld<A>(c.Dv));
+        own = take(MOST * plan.panel_size());
+    }
+
+    // Panels first.. of a group against a part of the keys. Parts are left in `parts` [panel][split].
+    void run(const Sequence& s, long kv_head, long block_index, long split, A* parts) {
+        const HeadGroup<A> group(c, s, kv_head);
+        const long first = block_index * plan.together;
+        const long count = min_of(plan.together, group.panels() - first);
+        if (count <= 0) return;
+        Span some{s.S, 0};
+        Span spans[MOST];
+        Running<A> running[MOST];
+        for (long p = 0; p < count; ++p) {
+            panels[p] = group.panel(first + p);
+            spans[p] = seen_by_some<A>(c, s, panels[p].first, panels[p].last);
+            if (plan.splits > 1) spans[p] = overlap(spans[p], {split * plan.SPLIT, (split + 1) * plan.SPLIT});
+            if (!spans[p].empty())
+                some = {min_of(some.begin, spans[p].begin), max_of(some.end, spans[p].end)};
+            running[p] = plan.running(plan.splits > 1 ? parts + (p * plan.splits + split) * plan.panel_size()
+                                                      : own + p * plan.panel_size());
+            for (long lane = 0; lane < W; ++lane)
+                running[p].m[lane] = -static_cast<A>(__builtin_inf()), running[p].l[lane] = 0;
+            panel_rows<A, S>(rows, c.q, s, panels[p], c.D, query_factor<A>(c));
+            panel_columns<A>(columns + p * c.D * W, rows, panels[p].count, c.D);
+        }
+        bool begun[MOST] = {};
+        for (long from = some.begin; from < some.end; from += KEYS) {
+            const Span keys{from, min_of(from + KEYS, some.end)};
+            const Span there{s.from_k + keys.begin, s.from_k + keys.end};
+            const Rows<A> kr = block<A, S>(c.k, s, kv_head, there, c.D, k);
+            const Rows<A> vr = without_unseen<A>(c, s, panels, count,
+                                                 block<A, S>(c.v, s, kv_head, there, c.Dv, v), keys, c.Dv, v);
+            for (long p = 0; p < count; ++p) {
+                const Span here = overlap(spans[p], keys);
+                if (here.empty()) continue;
+                const long size = here.end - here.begin, skip = here.begin - keys.begin;
+                gemm<A, 2>(size, kr.p + skip * kr.ld, kr.ld, {columns + p * c.D * W, W, 0}, 1, c.D, tile, W,
+                           0, false);
+                Scores<A>(c, s, panels[p]).template apply<S>(tile, W, here, nullptr);
+                join_softmax<A>(tile, size, running[p], begun[p] ? panels[p].count : 0, plan.Nv);
+                if (c.dropout_p > 0) drop_weights<A>(Dropout<A>(c, s, panels[p]), tile, here);
+                multiply_rows<A, true>(panels[p].count, tile, W, vr.p + skip * vr.ld, vr.ld, plan.Nv, size,
+                                       running[p].out, plan.Nv + n, begun[p]);
+                begun[p] = true;
+            }
+        }
+        if (plan.splits == 1)
+            for (long p = 0; p < count; ++p) finish_panel<A, S>(c, s, panels[p], running[p], plan.Nv);
+    }
+
+    // The parts of one panel, in the order of the keys.
+    void combine(const Sequence& s, const Panel<A>& panel, A* parts) {
+        const Running<A> whole = plan.running(own);
+        const A hidden = -static_cast<A>(__builtin_inf());
+        for (long lane = 0; lane < panel.count; ++lane) {
+            A m = hidden, l = 0;
+            for (long t = 0; t < plan.splits; ++t) {
+                const A found = plan.running(parts + t * plan.panel_size()).m[lane];
+                m = found > m ? found : m;
+            }
+            A* to = whole.out + lane * (plan.Nv + n);
+            for (long at = 0; at < plan.Nv; at += n) store<A>(to + at, Vec<A>{});
+            for (long t = 0; t < plan.splits; ++t) {
+                const Running<A> part = plan.running(parts + t * plan.panel_size());
+                if (part.l[lane] == 0) continue;  // no key: its output was never written
+                const A f = exp2_below<A>(Vec<A>{} + (part.m[lane] - (m == hidden ? A{} : m)))[0];
+                l += part.l[lane] * f;
+                const A* from = part.out + lane * (plan.Nv + n);
+                for (long at = 0; at < plan.Nv; at += n)
+                    store<A>(to + at, load<A>(to + at) + load<A>(from + at) * f);
+            }
+            whole.m[lane] = m, whole.l[lane] = l;
+        }
+        finish_panel<A, S>(c, s, panel, whole, plan.Nv);
+    }
+};
+
+}  // namespace SEQKERN_ISA
+}  // namespace seqkern

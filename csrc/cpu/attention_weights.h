@@ -1,0 +1,123 @@
+// The weights themselves, from the log-sum-exp: of each head, or their mean over the heads, which is never
+// more than a tile of each head in memory.
+#pragma once
+
+#include "attention_forward.h"
+
+namespace seqkern {
+namespace SEQKERN_ISA {
+
+// Queries of one head side by side.
+template <class A>
+SK_INLINE Panel<A> panel_of_head(long head, long first, long L) {
+    Panel<A> found;
+    found.count = min_of(Panel<A>::W, L - first);
+    for (long lane = 0; lane < Panel<A>::W; ++lane)
+        found.i[lane] = first + (lane < found.count ? lane : 0), found.h[lane] = head;
+    found.first = first, found.last = first + found.count - 1;
+    return found;
+}
+
+// Lane by lane, a row of a tile [keys][ld] is written, or added, to to[at[lane]..].
+template <class A, bool ADD, class T>
+SK_INLINE void tile_to_rows(const A* tile, long ld, long keys, long count, T* to, const long* at) {
+    constexpr long n = Simd<A>::n;
+    for (long half = 0; half * n < count; ++half)
+        for (long first = 0; first < keys; first += n) {
+            const long left = min_of(n, keys - first);
+            Vec<A> block[n];
+            SK_UNROLL
+            for (long k = 0; k < n; ++k)
+                block[k] = k < left ? load<A>(tile + (first + k) * ld + half * n) : Vec<A>{};
+            transpose<A>(block);
+            for (long lane = 0; lane < min_of(n, count - half * n); ++lane) {
+                T* row = to + at[half * n + lane] + first;
+                Vec<A> v = block[lane];
+                if constexpr (ADD) v += load_n<A>(row, left);
+                store_n<A>(row, v, left);
+            }
+        }
+}
+
+// What makes a panel's weights again: its queries as a matmul reads them, and what its scores are measured
+// against.
+template <class A>
+struct Again {
+    A* columns;  // [D][W]
+    A* lse;      // [W], in units of log 2; +inf in lanes without a query or a key
+};
+
+template <class A, class S>
+SK_INLINE void prepare_again(const AttentionCall& c, const Sequence& s, const Panel<A>& panel,
+                             const Operand& lse, A* rows, const Again<A>& again) {
+    panel_rows<A, S>(rows, c.q, s, panel, c.D, query_factor<A>(c));
+    panel_columns<A>(again.columns, rows, panel.count, c.D);
+    const A nothing = static_cast<A>(__builtin_inf());
+    for (long lane = 0; lane < Panel<A>::W; ++lane) {
+        const A found =
+            lane < panel.count ? *row_of<A>(lse, s, panel.h[lane], s.from_q + panel.i[lane]) : -nothing;
+        again.lse[lane] = found == -nothing ? nothing : found * static_cast<A>(LOG2E);
+    }
+}
+
+// tile[key][ld] of these keys: the weights before dropout. keys_from is the row of the first of them.
+template <class A, class S>
+SK_INLINE void weights_again(const Scores<A>& scores, const Again<A>& again, Rows<A> keys_from, Span keys,
+                             A* tile, long ld, A* cap_slope) {
+    constexpr long n = Simd<A>::n, W = 2 * n;
+    const long count = keys.end - keys.begin, D = scores.c.D;
+    gemm<A, 2>(count, keys_from.p, keys_from.ld, {again.columns, W, 0}, 1, D, tile, ld, 0, false);
+    scores.template apply<S>(tile, ld, keys, cap_slope);
+    const Vec<A> lse[2] = {load<A>(again.lse), load<A>(again.lse + n)};
+    for (long k = 0; k < count; ++k) SK_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        A* at = tile + k * ld + half * n;
+        store<A>(at, exp2_below<A>(load<A>(at) - lse[half]));
+    }
+}
+
+template <class A, class S>
+struct WeightsUnit {
+    static constexpr long n = Simd<A>::n, W = 2 * n;
+    const AttentionForward& c;
+    A *rows, *tile, *sum, *k;
+    Again<A> again;
+
+    static unsigned long numbers(const AttentionForward& c) {
+        return W * buffer_ld<A>(c.D) + 2 * KEYS * W + KEYS * buffer_ld<A>(c.D) + c.D * W + W + 4 * n;
+    }
+    WeightsUnit(const AttentionForward& c, A* memory) : c(c) {
+        rows = memory, tile = rows + W * buffer_ld<A>(c.D), sum = tile + KEYS * W, k = sum + KEYS * W;
+        again.lse = k + KEYS * buffer_ld<A>(c.D), again.columns = again.lse + W;
+    }
+
+    // The queries first.. of heads [from, to), their weights added up.
+    void run(long b, long from, long to, long first) {
+        const Sequence s = sequence(c, b);
+        const Operand lse{c.lse.p, c.lse.b, c.lse.h, c.lse.i};
+        const A share = static_cast<A>(1) / static_cast<A>(to - from);
+        for (long begin = 0; begin < s.S; begin += KEYS) {
+            const Span keys{begin, min_of(begin + KEYS, s.S)};
+            for (long at = 0; at < KEYS * W; at += n) store<A>(sum + at, Vec<A>{});
+            Panel<A> panel = panel_of_head<A>(from, first, s.L);
+            const Span here = overlap(seen_by_some<A>(c, s, panel.first, panel.last), keys);
+            for (long h = from; h < to && !here.empty(); ++h) {
+                panel = panel_of_head<A>(h, first, s.L);
+                prepare_again<A, S>(c, s, panel, lse, rows, again);
+                const Rows<A> kr = block<A, S>(c.k, s, h / (c.Hq / c.Hkv), here, c.D, k);
+                weights_again<A, S>(Scores<A>(c, s, panel), again, kr, here, tile, W, nullptr);
+                if (c.dropout_p > 0) drop_weights<A>(Dropout<A>(c, s, panel), tile, here);
+                A* to_sum = sum + (here.begin - keys.begin) * W;
+                for (long at = 0; at < (here.end - here.begin) * W; at += n)
+                    store<A>(to_sum + at, load<A>(to_sum + at) + load<A>(tile + at) * share);
+            }
+            long at[W];
+            for (long lane = 0; lane < W; ++lane) at[lane] = panel.i[lane] * c.weights.i + begin;
+            S* out = static_cast<S*>(c.weights.p) + b * c.weights.b + from * c.weights.h;
+            tile_to_rows<A, false>(sum, W, keys.end - keys.begin, panel.count, out, at);
+        }
+    }
+};
+
+}  // namespace SEQKERN_ISA
+}  // namespace seqkern

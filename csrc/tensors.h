@@ -1,0 +1,60 @@
+// What the ops share at the border to torch: dtypes, sizes, new tensors.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace seqkern {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+#define SK_REQUIRE(condition, ...) STD_TORCH_CHECK(condition, "seqkern: ", __VA_ARGS__)
+
+inline Dtype dtype_of(const Tensor& t) {
+    switch (t.scalar_type()) {
+        case ScalarType::Float:
+            return Dtype::f32;
+        case ScalarType::Double:
+            return Dtype::f64;
+        case ScalarType::BFloat16:
+            return Dtype::bf16;
+        case ScalarType::Half:
+            return Dtype::f16;
+        default:
+            SK_REQUIRE(false, "the tensors must be float32, float64, bfloat16 or float16");
+    }
+    return Dtype::f32;
+}
+
+inline std::string written(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+    std::string text = "[";
+    for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+    return text + "]";
+}
+
+inline bool lies_plain(const Tensor& t) {
+    auto sizes = t.sizes(), strides = t.strides();
+    int64_t want = 1;
+    for (size_t i = sizes.size(); i-- > 0; want *= sizes[i]) {
+        if (sizes[i] == 0) return true;
+        if (sizes[i] != 1 && strides[i] != want) return false;
+    }
+    return true;
+}
+
+inline Tensor empty(const Tensor& like, const Sizes& sizes, std::optional<ScalarType> dtype = std::nullopt) {
+    return torch::stable::new_empty(
+        like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+}
+
+}  // namespace seqkern
