@@ -54,6 +54,7 @@ def everything_is_worth_it(monkeypatch):
     """Small shapes stand for large ones."""
     monkeypatch.setattr(choice, "WORTH", dict.fromkeys(choice.WORTH, choice.Worth(0, 0, 0)))
     monkeypatch.setattr(sdpa, "WORTH_A_CALL", 0)
+    monkeypatch.setattr(sdpa, "WORTH_A_GRADIENT", 0)
     monkeypatch.setattr(fast_paths, "WORTH_A_LAYER", 0)
     monkeypatch.setattr(_backend, "torch_outruns", lambda op, tensors: None)
 
@@ -323,13 +324,16 @@ def test_nobody_is_asked_about_what_stays_torchs():
 def test_ours_that_falls_back_is_seen_once():
     """A call that seqkern's own functions hand to torch comes by here again, and must not go around."""
     q, x = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3)
-    layer = seqkern.nn.GRU(3, 4)
-    with seqkern.backend("torch"):
-        assert both(lambda: seqkern.functional.scaled_dot_product_attention(q, q, q)) == [
-            ("attention", "torch")
-        ]
-        assert both(lambda: seqkern.functional.attention(q, q, q, causal="bottom-right", window=1))
-        assert both(lambda: layer(x)) == [("gru", "torch")]
+    layer, cell = seqkern.nn.GRU(3, 4), seqkern.nn.LSTMCell(3, 4)
+    calls = (
+        lambda: seqkern.functional.scaled_dot_product_attention(q, q, q),
+        lambda: seqkern.functional.attention(q, q, q, causal="bottom-right", window=1),
+        lambda: layer(x),
+        lambda: cell(x[0]),
+    )
+    for call in calls:
+        ((_, backend),) = both(call, "torch")
+        assert backend == "torch"
     assert not _torchs_own.here.own
 
 
@@ -390,6 +394,35 @@ def test_autocast_keeps_torchs_casts():
             return layer(x)
 
     assert both(call) == [("gru", "torch")]
+
+
+@pytest.mark.usefixtures("everything_is_worth_it")
+def test_autocast_casts_before_attention_is_ours():
+    q = torch.randn(1, 2, 6, 8)
+
+    def call():
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.scaled_dot_product_attention(q, q, q)
+
+    want = call()
+    with seqkern.enable(), seqkern.backend("reference"), _backend.watch() as seen:
+        got = call()
+    assert [each.tensors[0].dtype for each, _ in seen if each.tensors[0] is not None] == [torch.bfloat16]
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.built
+@pytest.mark.usefixtures("everything_is_worth_it")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_records_torchs_operators():
+    q, x = torch.randn(1, 2, 6, 8), torch.randn(3, 2, 4)
+    with seqkern.enable(), torch.no_grad():
+        traces = [
+            torch.jit.trace(nn.LSTM(4, 4), (x,)),
+            torch.jit.trace(lambda q: F.scaled_dot_product_attention(q, q, q), (q,)),
+        ]
+    for trace in traces:
+        assert not any("seqkern" in node.kind() for node in trace.inlined_graph.nodes())
 
 
 @pytest.mark.built

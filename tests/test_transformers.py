@@ -231,7 +231,7 @@ def test_logits_and_gradients(name, how):
     ]
     assert [g is None for g in gradients[0]] == [g is None for g in gradients[1]]
     flat = [torch.cat([g.flatten() for g in found if g is not None]) for found in gradients]
-    assert_same(*flat)
+    assert_same(*flat, 1e-4)  # T5 multiplies by no 1 / sqrt(D)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -12,7 +12,8 @@ from seqkern.ops._attention_backends import Wanted
 from seqkern.spec.attention import Options, Tensors
 
 # Less is over, on torch's kernel, in the time that the way to ours takes (docs/decisions.md).
-WORTH_A_CALL = 4_000_000  # multiplications and additions of both products
+WORTH_A_CALL = 16_000_000  # multiplications and additions of both products
+WORTH_A_GRADIENT = 128_000_000  # the same where a gradient is needed, whose way is longer
 
 
 def _stays(query: Tensor, key: Tensor, value: Tensor) -> str:
@@ -22,17 +23,18 @@ def _stays(query: Tensor, key: Tensor, value: Tensor) -> str:
         return "a tensor is of a subclass"
     if query.dim() < 3 or key.dim() < 3:
         return "there are no heads"
-    if not compiling and 4 * query.numel() * key.shape[-2] < WORTH_A_CALL:
+    least = WORTH_A_GRADIENT if _backend.needs_grad((query, key, value)) else WORTH_A_CALL
+    if not compiling and 4 * query.numel() * key.shape[-2] < least:
         return TOO_SMALL
     c = torch._C
     if not (c._get_flash_sdp_enabled() and c._get_math_sdp_enabled() and c._get_mem_efficient_sdp_enabled()):  # type: ignore[attr-defined]
         return "torch.nn.attention.sdpa_kernel asks for kernels of torch"
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return "torch.jit.trace records torch's operators"
     return ""
 
 
 def scaled_dot_product_attention(own: Callable) -> Callable:
+    attention_has_kernels("cpu")  # found out here, where no compiler or fake tensor is at work
+
     def run(
         query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
     ):

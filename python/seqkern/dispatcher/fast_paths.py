@@ -19,7 +19,10 @@ from seqkern.ops._attention_backends import Wanted
 from seqkern.spec.attention import Options, Tensors
 
 # torch's paths are a few calls in C++; ours is a dozen from Python, of 5 us and less each (docs/decisions.md).
-WORTH_A_LAYER = 20_000_000  # multiplications and additions of both products of the attention
+WORTH_A_LAYER = 60_000_000  # multiplications and additions of both products of the attention
+
+
+_gelu = torch.ops.aten.gelu_.default
 
 
 class _Rows(NamedTuple):
@@ -88,27 +91,28 @@ def _attend(rows: _Rows, qkv: Tensor, heads: int, seen: Tensor | None, weights: 
     return output.flatten(-2), shares
 
 
-def _work(rows: _Rows) -> int:
-    lengths = (
-        rows.data.shape[1] ** 2 * rows.data.shape[0]
-        if rows.sizes is None
-        else rows.sizes[:, 0].square().sum()
+def _work(x: Tensor) -> int:
+    """Of a dense batch, or of a nested tensor, whose sizes are read."""
+    if not x.is_nested:
+        return 4 * x.numel() * x.shape[1] if x.dim() == 3 else 0
+    sizes = x._nested_tensor_size()
+    return (
+        4 * int(sizes[:, 0].square().sum()) * int(sizes[0, 1]) if sizes.dim() == 2 and sizes.shape[0] else 0
     )
-    return 4 * int(lengths) * rows.data.shape[-1]
 
 
 def _ours(x: Tensor, heads: int, mask: Tensor | None, kind: int | None, weights: str, params):
     """The rows and the keys that each sees, where the call is ours; else None."""
     special, has_kernels = _backend.special, attention_has_kernels(x.device.type)
-    if _torchs_own.here.own or not (special or has_kernels):
+    if _torchs_own.here.own or not (special or (has_kernels and not weights)):
+        return None
+    worth = _work(x) >= WORTH_A_LAYER
+    if not (worth or special):
         return None
     rows = _rows(x)
     if rows is None or any(type(t) not in _backend.PLAIN or t.is_nested for t in (rows.data, *params)):
         return None
-    if torch._C._is_any_autocast_enabled() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return None
-    worth = _work(rows) >= WORTH_A_LAYER
-    if not (worth or special):
+    if torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
         return None
     seen = _seen(mask, kind)
     (part,) = _split(rows.data, rows, heads, 1)
@@ -117,6 +121,8 @@ def _ours(x: Tensor, heads: int, mask: Tensor | None, kind: int | None, weights:
     call = _backend.Call("attention", t, Wanted(Options(1.0, weights=weights)))
     if has_kernels and not worth and _backend.forced() is None:
         declined(call, (("seqkern", TOO_SMALL),))
+    elif weights and _backend.forced() is None:
+        declined(call, (("seqkern", "torch's path has the weights at hand, which are asked for"),))
     elif rows.sizes is not None and weights:
         declined(call, (("seqkern", "the weights of a nested tensor are asked for"),))
     elif takes(call):
@@ -159,21 +165,22 @@ def encoder_layer(own: Callable) -> Callable:
         def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return F.layer_norm(x, (embed_dim,), weight, bias, eps)
 
+        # In place where the memory is new, as torch's path: there is no gradient to keep anything for.
         def attention(x: Tensor) -> Tensor:
             output, _ = _attend(rows, F.linear(x, qkv_weight, qkv_bias), num_heads, seen)
             return F.linear(output, proj_weight, proj_bias)
 
         def feed(x: Tensor) -> Tensor:
             x = F.linear(x, ffn_weight_1, ffn_bias_1)
-            return F.linear(F.gelu(x) if use_gelu else F.relu(x), ffn_weight_2, ffn_bias_2)
+            return F.linear(_gelu(x) if use_gelu else x.relu_(), ffn_weight_2, ffn_bias_2)
 
         x = rows.data
         if norm_first:
-            x = x + attention(norm(x, norm_weight_1, norm_bias_1))
-            x = x + feed(norm(x, norm_weight_2, norm_bias_2))
+            x = attention(norm(x, norm_weight_1, norm_bias_1)).add_(x)
+            x = feed(norm(x, norm_weight_2, norm_bias_2)).add_(x)
         else:
-            x = norm(x + attention(x), norm_weight_1, norm_bias_1)
-            x = norm(x + feed(x), norm_weight_2, norm_bias_2)
+            x = norm(attention(x).add_(x), norm_weight_1, norm_bias_1)
+            x = norm(feed(x).add_(x), norm_weight_2, norm_bias_2)
         return rows.like(x)
 
     return run

@@ -27,14 +27,14 @@ def _states(cell: str, hx) -> tuple[Tensor | None, ...]:
 def _ours(
     cell: str, input: Tensor, steps: int, batch: int, hx, params, layers: int, bidirectional: bool
 ) -> bool:
-    if _torchs_own.here.own:
+    worth = is_worth(cell, steps, batch, params[0], params[1])
+    if _torchs_own.here.own or not (worth or _backend.special):
         return False
     states = _states(cell, hx)
     h = states[0] if len(states) == 2 else None
     # torch's operators broadcast a state of another shape, or raise.
     if h is None or h.dim() != 3 or h.shape[:2] != (layers * (2 if bidirectional else 1), batch):
         return False
-    worth = is_worth(cell, steps, batch, params[0], params[1])
     return takes_recurrent(cell, worth, (input, *states, *params))
 
 
