@@ -58,7 +58,7 @@ def _longest(name: str, cu: Tensor, total: int, rows: str, given: int | None) ->
     return longest if given is None else given
 
 
-def _run(t: Tensors, o: Options, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _run(name: str, t: Tensors, o: Options) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Output, lse and weights by a backend; the last two are None where they were not wanted."""
     if name == "torch":
         return _torch(t, o), None, None
@@ -240,7 +240,7 @@ def attention(
     t = t._replace(mask=_four(mask), bias=_four(bias))
     wanted = Wanted(o, return_lse, dropout_seed is not None)
     name = _backend.choose(_backend.Call("attention", t, wanted), backend).name
-    output, lse, shares = _run(t, o, name)
+    output, lse, shares = _run(name, t, o)
     found = (output, *([lse] if return_lse else []), *([shares] if return_weights else []))
     return found if len(found) > 1 else output
 
@@ -339,9 +339,8 @@ def scaled_dot_product_attention(
             dropout_p=dropout_p,
             window_right=0 if is_causal else -1,
         )
-    wanted = Wanted(o, only_torch=beyond)
-    name = _backend.choose(_backend.Call("attention", t, wanted)).name
+    name = _backend.choose(_backend.Call("attention", t, Wanted(o, only_torch=beyond))).name
     if name == "torch":
         return by_torch()
-    output = _run(t, o, name)[0]
+    output = _run(name, t, o)[0]
     return output.reshape(*query.shape[:-1], value.shape[-1])
