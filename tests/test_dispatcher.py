@@ -17,7 +17,7 @@ import seqkern
 from seqkern import dispatcher
 from seqkern.dispatcher import attention as sdpa
 from seqkern.dispatcher import choice, fast_paths
-from seqkern.ops import _backend, _torchs_own
+from seqkern.ops import _attention_backends, _backend, _torchs_own
 from seqkern.testing import without_torchs_warnings
 
 pytestmark = [
@@ -53,7 +53,8 @@ def off_again():
 def everything_is_worth_it(monkeypatch):
     """Small shapes stand for large ones."""
     monkeypatch.setattr(choice, "WORTH", dict.fromkeys(choice.WORTH, choice.Worth(0, 0, 0)))
-    monkeypatch.setattr(sdpa, "WORTH_A_CALL", 0)
+    for name in [name for name in vars(_attention_backends) if name.startswith("SMALL_")]:
+        monkeypatch.setattr(_attention_backends, name, 0)
     monkeypatch.setattr(sdpa, "WORTH_A_GRADIENT", 0)
     monkeypatch.setattr(fast_paths, "WORTH_A_LAYER", 0)
     monkeypatch.setattr(_backend, "torch_outruns", lambda op, tensors: None)

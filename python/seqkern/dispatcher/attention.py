@@ -8,23 +8,27 @@ from torch import Tensor
 from seqkern import functional
 from seqkern.dispatcher.choice import TOO_SMALL, attention_has_kernels, declined
 from seqkern.ops import _backend, _torchs_own
-from seqkern.ops._attention_backends import Wanted
+from seqkern.ops._attention_backends import Wanted, too_small
 from seqkern.spec.attention import Options, Tensors
 
-# Less is over, on torch's kernel, in the time that the way to ours takes (docs/decisions.md).
-WORTH_A_CALL = 16_000_000  # multiplications and additions of both products
-WORTH_A_GRADIENT = 128_000_000  # the same where a gradient is needed, whose way is longer
+# The op's gradient, called from Python, costs what torch's needs for less (docs/decisions.md).
+WORTH_A_GRADIENT = 64_000_000  # multiplications and additions of both products
 
 
-def _stays(query: Tensor, key: Tensor, value: Tensor) -> str:
+def _is_small(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
+    if _backend.needs_grad((query, key, value)):
+        return 4 * query.numel() * key.shape[-2] < WORTH_A_GRADIENT
+    return too_small(query, key, value, causal)
+
+
+def _stays(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> str:
     """Why a call stays torch's though a kernel of this package might serve it; empty if it need not."""
     compiling = torch.compiler.is_compiling()
     if not compiling and any(type(x) not in _backend.PLAIN for x in (query, key, value)):
         return "a tensor is of a subclass"
     if query.dim() < 3 or key.dim() < 3:
         return "there are no heads"
-    least = WORTH_A_GRADIENT if _backend.needs_grad((query, key, value)) else WORTH_A_CALL
-    if not compiling and 4 * query.numel() * key.shape[-2] < least:
+    if not compiling and _is_small(query, key, value, causal):
         return TOO_SMALL
     c = torch._C
     if not (c._get_flash_sdp_enabled() and c._get_math_sdp_enabled() and c._get_mem_efficient_sdp_enabled()):  # type: ignore[attr-defined]
@@ -42,7 +46,7 @@ def scaled_dot_product_attention(own: Callable) -> Callable:
         if _torchs_own.here.own or not (special or has_kernels):
             return own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if not special or _backend.forced() is None:
-            stays = _backend.in_transform() or (has_kernels and _stays(query, key, value))
+            stays = _backend.in_transform() or (has_kernels and _stays(query, key, value, is_causal))
             if stays:
                 if special and isinstance(stays, str):
                     declined(
