@@ -12,7 +12,7 @@ from seqkern.ops._attention_backends import Wanted, too_small
 from seqkern.spec.attention import Options, Tensors
 
 # The op's gradient, called from Python, costs what torch's needs for less (docs/decisions.md).
-WORTH_A_GRADIENT = 64_000_000  # multiplications and additions of both products
+WORTH_A_GRADIENT = 80_000_000  # multiplications and additions of both products
 
 
 def _is_small(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:

@@ -19,7 +19,7 @@ from seqkern.ops._attention_backends import Wanted
 from seqkern.spec.attention import Options, Tensors
 
 # torch's paths are a few calls in C++; ours is a dozen from Python, of 5 us and less each (docs/decisions.md).
-WORTH_A_LAYER = 60_000_000  # multiplications and additions of both products of the attention
+WORTH_A_LAYER = 100_000_000  # multiplications and additions of both products of the attention
 
 
 _gelu = torch.ops.aten.gelu_.default
