@@ -32,13 +32,14 @@ bool runs(const std::string& name) {
 struct Isa {
     const KernelTable* kernels;
     const AttentionTable* attention;
+    const LinearTable* linear;
 };
 
 const std::vector<Isa>& tables() {
     static const auto found = [] {
-        const Isa known[] = {{isa_baseline_table(), attention_baseline_table()},
-                             {isa_avx2_table(), attention_avx2_table()},
-                             {isa_avx512_table(), attention_avx512_table()}};
+        const Isa known[] = {{isa_baseline_table(), attention_baseline_table(), linear_baseline_table()},
+                             {isa_avx2_table(), attention_avx2_table(), linear_avx2_table()},
+                             {isa_avx512_table(), attention_avx512_table(), linear_avx512_table()}};
         std::vector<Isa> list;
         for (const Isa& isa : known)
             if (isa.kernels && runs(isa.kernels->name)) list.push_back(isa);
@@ -79,6 +80,10 @@ double flop(const AttentionCall& c) {
 
 int threads_for(const AttentionForward& c) { return threads_worth(flop(c)); }
 int threads_for(const AttentionBackward& c) { return threads_worth(2.5 * flop(c)); }
+
+int threads_for(const LinearCall& c) {
+    return threads_worth(2.0 * static_cast<double>(c.rows) * static_cast<double>(c.K * c.N));
+}
 
 int threads_for(const Layer& c) {
     const double gates = c.cell == Cell::lstm ? 4 : c.cell == Cell::gru ? 3 : 1;
@@ -198,6 +203,11 @@ void attention_forward(const AttentionForward& call) {
 void attention_backward(const AttentionBackward& call) {
     const AttentionTable& table = *in_use().attention;
     run(call, table.backward_shared_bytes(call), table.backward);
+}
+
+void linear(const LinearCall& call) {
+    const LinearTable& table = *in_use().linear;
+    run(call, table.shared_bytes(call), table.run);
 }
 
 double fma_peak(double seconds) {

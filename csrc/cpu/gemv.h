@@ -47,7 +47,9 @@ struct Multiplied {
 };
 
 // out[m], lane j: w[j][0..K) . by[m].x for j < count; what lies in the other lanes is some row's value.
-template <class A, int M, class S>
+// AHEAD: w comes from memory, and its row so many rows further on is asked for meanwhile, into L2; short rows
+// end before the processor would do so by itself.
+template <class A, int M, int AHEAD = 0, class S>
 SK_INLINE void dot_rows(const S* w, long ldw, long count, const Multiplied<A>* by, Vec<A>* out) {
     using I = typename Simd<A>::I;
     constexpr int n = Simd<A>::n, TOGETHER = n < 4 ? n : 4;
@@ -63,6 +65,7 @@ SK_INLINE void dot_rows(const S* w, long ldw, long count, const Multiplied<A>* b
             SK_UNROLL
             for (int r = 0; r < TOGETHER; ++r) {
                 const Vec<A> v = load_whole<A>(rows[r] + k);
+                if constexpr (AHEAD > 0) __builtin_prefetch(rows[r] + AHEAD * ldw + k, 0, 2);
                 SK_UNROLL
                 for (int m = 0; m < M; ++m) part[m][r] += v * load<A>(by[m].x + k);
             }

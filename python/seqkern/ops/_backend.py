@@ -29,6 +29,9 @@ ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch
 CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 VARIABLE = "SEQKERN_BACKEND"
 CELL_WORTH_A_GRADIENT = 4_000_000  # weights, states and input of one step
+FEW_ROWS = 16  # of a linear layer, for which weights are read as they lie
+FEW_ROWS_OF_16_BITS = 4
+WEIGHTS_WORTH_IT = 250_000  # of such a layer
 STEPS_BELOW_A_GRADIENT = {"gru": 1, "rnn_tanh": 4, "rnn_relu": 4}
 BF16_DOT = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 PLAIN = frozenset((Tensor, Parameter))
@@ -255,6 +258,8 @@ def torch_outruns(op: str, tensors: Sequence[Tensor | None]) -> str | None:
 
     Fixed rules from measurements that docs/decisions.md tells of; never of the load or the number of threads.
     """
+    if op == "linear":
+        return _linear_outruns(tensors)
     if torch.compiler.is_compiling():  # which pays nothing for an op's gradient
         return None
     input, hx, cx = tensors[:3]
@@ -274,6 +279,19 @@ def torch_outruns(op: str, tensors: Sequence[Tensor | None]) -> str | None:
         return None
     slower = (batch >= 8 or not grad) if op == "lstm" else (batch >= 32 and hx.shape[-1] >= 512)
     return "bfloat16 on a machine that multiplies it itself" if slower else None
+
+
+def _linear_outruns(tensors: Sequence[Tensor | None]) -> str | None:
+    input, weight = tensors[:2]
+    assert input is not None and weight is not None
+    if torch.compiler.is_compiling():
+        return "a linear layer that a compiler fuses"
+    if weight.numel() < WEIGHTS_WORTH_IT:
+        return "a linear layer of few weights"
+    few = FEW_ROWS if weight.itemsize > 2 else FEW_ROWS_OF_16_BITS
+    if input.numel() > few * weight.shape[1]:
+        return "a linear layer of many rows"
+    return "a linear layer with a gradient" if needs_grad(tensors) else None
 
 
 def _cpu_avoids(call: Call) -> str | None:
