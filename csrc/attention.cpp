@@ -237,11 +237,11 @@ Gradients backward_op(Maybe grad_output, Maybe grad_lse, Maybe grad_weights, Ten
         call.grad_weights = args.plane(call.mean ? torch::stable::unsqueeze(*grad_weights, 1) : *grad_weights,
                                        "grad_weights", dtype);
     }
-    const Tensor nothing = empty(query, {0});
+    auto nothing = [&] { return empty(query, {0}); };  // no two results share memory
     const Sizes sizes_q = args.sizes_like(query), sizes_k = args.sizes_like(key),
                 sizes_v = args.sizes_like(value);
     // Added to chunk by chunk, so in the wide type, and zero at first.
-    Tensor d_q = nothing;
+    Tensor d_q = nothing();
     if (need_query) {
         d_q = args.packed
                   ? zeros(query, sizes_q, args.wide)
@@ -249,10 +249,10 @@ Gradients backward_op(Maybe grad_output, Maybe grad_lse, Maybe grad_weights, Ten
                         zeros(query, {sizes_q[0], sizes_q[2], sizes_q[1], sizes_q[3]}, args.wide), 1, 2);
         call.d_q = args.result(d_q);
     }
-    Tensor d_k = need_key_value ? args.new_heads(sizes_k) : nothing;
-    Tensor d_v = need_key_value ? args.new_heads(sizes_v) : nothing;
+    Tensor d_k = need_key_value ? args.new_heads(sizes_k) : nothing();
+    Tensor d_v = need_key_value ? args.new_heads(sizes_v) : nothing();
     if (need_key_value) call.d_k = args.result(d_k), call.d_v = args.result(d_v);
-    Tensor d_bias = nothing, d_slopes = nothing, d_sinks = nothing;
+    Tensor d_bias = nothing(), d_slopes = nothing(), d_sinks = nothing();
     if (need_bias && bias) {
         d_bias = zeros(query, args.sizes_like(*bias), args.wide);
         auto stride = [&](int64_t at) { return d_bias.size(at) == 1 ? 0 : d_bias.stride(at); };

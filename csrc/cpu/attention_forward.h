@@ -2,20 +2,13 @@
 // Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867; blocks: Dao 2023, arXiv:2307.08691.
 #pragma once
 
-#include "attention_scores.h"
+#include "attention_few.h"
 
 namespace seqkern {
 namespace SEQKERN_ISA {
 
 // Hands out 0, 1, ... to the threads of a team. Which thread takes what changes no result.
 SK_INLINE long take_ticket(long* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
-
-// The running maximum, the sum of exponentials and their mean of the values, of one panel.
-template <class A>
-struct Running {
-    A *m, *l;  // [W]
-    A* out;    // [W][buffer_ld(Dv)]
-};
 
 // A tile of scores joins the softmax of its panel and becomes weights, relative to the new maximum.
 template <class A>
@@ -74,49 +67,15 @@ SK_INLINE void drop_weights(const Dropout<A>& dropout, A* tile, Span keys) {
         }
 }
 
-template <class A>
-SK_INLINE bool is_finite(const A* row, long size) {
-    bool finite = true;
-    for (long c = 0; c < size; ++c) finite = finite && row[c] - row[c] == 0;
-    return finite;
-}
-
-// Where a mask is given: a row that no query of these panels sees and that is not finite is zeroed in a copy,
-// for a weight of 0 times NaN would be NaN.
-template <class A>
-SK_INLINE Rows<A> without_unseen(const AttentionCall& c, const Sequence& s, const Panel<A>* panels,
-                                 long count, Rows<A> rows, Span keys, long size, A* buffer) {
-    if (!c.mask.p) return rows;
-    constexpr long n = Simd<A>::n;
-    Vec<A> probe{};
-    for (long r = 0; r < keys.end - keys.begin; ++r)
-        for (long at = 0; at < padded<A>(size); at += n) probe += load<A>(rows.p + r * rows.ld + at) * A{};
-    bool finite = true;
-    for (long lane = 0; lane < n; ++lane) finite = finite && probe[lane] == 0;
-    if (finite) return rows;
-    const long ld = buffer_ld<A>(size);
-    for (long r = 0; r < keys.end - keys.begin; ++r) {
-        if (rows.p != buffer) copy_scaled<A, A>(buffer + r * ld, rows.p + r * rows.ld, size, 1);
-        if (is_finite(buffer + r * ld, size)) continue;
-        bool seen = false;
-        for (long p = 0; p < count && !seen; ++p) {
-            const Scores<A> scores(c, s, panels[p]);
-            for (long lane = 0; lane < panels[p].count; ++lane)
-                seen = seen || scores.sees(lane, keys.begin + r);
-        }
-        if (!seen)
-            for (long at = 0; at < padded<A>(size); ++at) buffer[r * ld + at] = 0;
-    }
-    return {buffer, ld};
-}
-
 // How the rows of a call are shared out. Chosen from its sizes alone.
 template <class A>
 struct ForwardPlan {
     static constexpr long W = Panel<A>::W, ROWS = 128, MOST = ROWS / W, SPLIT = 1024, UNITS = 32;
     long together, blocks, splits, Nv;  // panels of a unit, units of a group, parts of the keys
+    bool few;                           // queries of a group fit in one vector
 
-    explicit ForwardPlan(const AttentionForward& c) : Nv(padded<A>(c.Dv)) {
+    explicit ForwardPlan(const AttentionForward& c)
+        : Nv(padded<A>(c.Dv)), few(c.Hq / c.Hkv * c.L <= Simd<A>::n) {
         const long panels = HeadGroup<A>::panels_for(c.Hq / c.Hkv, c.L), groups = c.B * c.Hkv;
         together = MOST;
         while (together > 1 && groups * ceil_div(panels, together) < UNITS) together /= 2;
@@ -151,9 +110,7 @@ void finish_panel(const AttentionForward& c, const Sequence& s, const Panel<A>& 
         S* to = row_of<S>(c.output, s, h, i);
         const A* from = run.out + lane * (Nv + n);
         for (long at = 0; at < c.Dv; at += n) {
-            // without a key there is nothing in the memory that counts
-            const Vec<A> v = empty ? Vec<A>{} : load<A>(from + at) * factor;
-            store_n<A>(to + at, v, c.Dv - at);
+            store_n<A>(to + at, load<A>(from + at) * factor, c.Dv - at);
         }
         const A log2 =
             sizeof(A) == 4 ? __builtin_log2f(static_cast<float>(l)) : static_cast<A>(__builtin_log2(l));
@@ -206,9 +163,13 @@ struct ForwardUnit {
             for (long lane = 0; lane < W; ++lane)
                 running[p].m[lane] = -static_cast<A>(__builtin_inf()), running[p].l[lane] = 0;
             panel_rows<A, S>(rows, c.q, s, panels[p], c.D, query_factor<A>(c));
-            panel_columns<A>(columns + p * c.D * W, rows, panels[p].count, c.D);
+            if (!plan.few) panel_columns<A>(columns + p * c.D * W, rows, panels[p].count, c.D);
         }
         bool begun[MOST] = {};
+        if (plan.few) {
+            begun[0] = few_queries<A, S>(c, s, kv_head, panels[0], some, rows, tile, v, running[0]);
+            some.end = some.begin;
+        }
         for (long from = some.begin; from < some.end; from += KEYS) {
             const Span keys{from, min_of(from + KEYS, some.end)};
             const Span there{s.from_k + keys.begin, s.from_k + keys.end};
@@ -229,8 +190,12 @@ struct ForwardUnit {
                 begun[p] = true;
             }
         }
-        if (plan.splits == 1)
-            for (long p = 0; p < count; ++p) finish_panel<A, S>(c, s, panels[p], running[p], plan.Nv);
+        if (plan.splits > 1) return;
+        for (long p = 0; p < count; ++p) {
+            for (long at = 0; !begun[p] && at < W * (plan.Nv + n); at += n)
+                store<A>(running[p].out + at, Vec<A>{});
+            finish_panel<A, S>(c, s, panels[p], running[p], plan.Nv);
+        }
     }
 
     // The parts of one panel, in the order of the keys.

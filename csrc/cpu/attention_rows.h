@@ -134,10 +134,12 @@ SK_INLINE void copy_scaled(A* to, const S* from, long size, A factor) {
     for (long c = 0; c < size; c += Simd<A>::n) store<A>(to + c, load_n<A>(from + c, size - c) * factor);
 }
 
+// Rows of x for a matmul; what is read once only is not copied for the cache's sake.
 template <class A, class S>
-SK_INLINE Rows<A> block(const Operand& x, const Sequence& s, long h, Span rows, long size, A* buffer) {
+SK_INLINE Rows<A> block(const Operand& x, const Sequence& s, long h, Span rows, long size, A* buffer,
+                        bool once = false) {
     const S* from = row_of<S>(x, s, h, rows.begin);
-    if (lies_well<A, S>(x.i, size)) return {reinterpret_cast<const A*>(from), x.i};
+    if (lies_well<A, S>(once ? 1 : x.i, size)) return {reinterpret_cast<const A*>(from), x.i};
     const long ld = buffer_ld<A>(size);
     for (long r = 0; r < rows.end - rows.begin; ++r)
         copy_scaled<A, S>(buffer + r * ld, from + r * x.i, size, 1);

@@ -52,6 +52,13 @@ struct PlaneRows {
         }
     }
 
+    // Lane: element of key first + lane in the row of one query, for lane < count.
+    template <class T>
+    SK_INLINE Vec<A> row(long query, long first, long count) const {
+        const T* from = static_cast<const T*>(p) + at[query];
+        return j == 0 ? Vec<A>{} + value(*from) : values(from + first, count);
+    }
+
   private:
     template <class T>
     static SK_INLINE A value(T x) {
@@ -77,6 +84,7 @@ struct PlaneRows {
 template <class A>
 struct Scores {
     using I = typename Simd<A>::I;
+    using Lane = __typeof__(I{}[0]);
     static constexpr long n = Simd<A>::n, W = 2 * n;
     const AttentionCall& c;
     const Sequence& s;
@@ -113,6 +121,19 @@ struct Scores {
             }
     }
 
+    // The same for one query, x of the keys first + lane: lanes are keys here.
+    template <class S>
+    SK_INLINE Vec<A> apply_along_keys(Vec<A> x, long query, long first, long count) const {
+        const I from =
+            lanes<A>([](int lane) { return lane; }) + static_cast<Lane>(first - panel.i[query] - s.d);
+        Vec<A> added{}, shown{};
+        if (c.bias.p)
+            added = c.bias_is_wide ? bias.template row<A>(query, first, count)
+                                   : bias.template row<S>(query, first, count);
+        if (c.mask.p) shown = mask.template row<unsigned char>(query, first, count);
+        return changed(x, from, added, Vec<A>{} + slope[query / n][query % n], shown, nullptr);
+    }
+
     // Whether the query of a lane sees a key.
     SK_INLINE bool sees(long lane, long key) const {
         const long at = key - (panel.i[lane] + s.d);
@@ -123,7 +144,6 @@ struct Scores {
   private:
     template <class S>
     SK_INLINE void chunk(A* x, A* cap_slope, long ld, long half, long first, long count) const {
-        const Vec<A> hidden = Vec<A>{} - static_cast<A>(__builtin_inf());
         Vec<A> added[n], shown[n];
         if (c.bias.p) {
             if (c.bias_is_wide)
@@ -132,32 +152,68 @@ struct Scores {
                 bias.template keys<S>(half, first, count, added);
         }
         if (c.mask.p) mask.template keys<unsigned char>(half, first, count, shown);
-        const A cap = static_cast<A>(c.softcap * LOG2E);
-        const long left = c.left < 0 ? far() : c.left, right = c.right < 0 ? far() : c.right;
-        const bool banded = c.left >= 0 || c.right >= 0;
         for (long k = 0; k < count; ++k) {
-            Vec<A> v = load<A>(x + k * ld);
             const I from = static_cast<Lane>(first + k) - place[half];
-            if (c.softcap > 0) {
-                const Vec<A> t = tanh<A>(v);
-                if (cap_slope) store<A>(cap_slope + k * ld, 1 - t * t);
-                v = t * cap;
-            }
-            if (c.bias.p) v += added[k] * static_cast<A>(LOG2E);
-            if (c.slopes) {
-                const Vec<A> distance = __builtin_convertvector(from < 0 ? -from : from, Vec<A>);
-                v -= slope[half] * distance;
-            }
-            if (banded)
-                v = (from >= static_cast<Lane>(-left)) & (from <= static_cast<Lane>(right)) ? v : hidden;
-            if (c.mask.p) v = shown[k] != 0 ? v : hidden;
-            store<A>(x + k * ld, v);
+            store<A>(x + k * ld, changed(load<A>(x + k * ld), from, added[k], slope[half], shown[k],
+                                         cap_slope ? cap_slope + k * ld : nullptr));
         }
     }
 
-    using Lane = __typeof__(I{}[0]);
-    static constexpr long far() { return 1L << 30; }
+    // from: j - i - d of each lane; added and shown: of bias and mask, where the call has them.
+    SK_INLINE Vec<A> changed(Vec<A> v, I from, Vec<A> added, Vec<A> slope, Vec<A> shown, A* cap_slope) const {
+        const Vec<A> hidden = Vec<A>{} - static_cast<A>(__builtin_inf());
+        if (c.softcap > 0) {
+            const Vec<A> t = tanh<A>(v);
+            if (cap_slope) store<A>(cap_slope, 1 - t * t);
+            v = t * static_cast<A>(c.softcap * LOG2E);
+        }
+        if (c.bias.p) v += added * static_cast<A>(LOG2E);
+        if (c.slopes) v -= slope * __builtin_convertvector(from < 0 ? -from : from, Vec<A>);
+        if (c.left >= 0 || c.right >= 0) {
+            const long left = c.left < 0 ? FAR : c.left, right = c.right < 0 ? FAR : c.right;
+            v = (from >= static_cast<Lane>(-left)) & (from <= static_cast<Lane>(right)) ? v : hidden;
+        }
+        return c.mask.p ? (shown != 0 ? v : hidden) : v;
+    }
+
+    static constexpr long FAR = 1L << 30;
 };
+
+template <class A>
+SK_INLINE bool is_finite(const A* row, long size) {
+    bool finite = true;
+    for (long c = 0; c < size; ++c) finite = finite && row[c] - row[c] == 0;
+    return finite;
+}
+
+// Where a mask is given: a row that no query of these panels sees and that is not finite is zeroed in a copy,
+// for a weight of 0 times NaN would be NaN.
+template <class A>
+SK_INLINE Rows<A> without_unseen(const AttentionCall& c, const Sequence& s, const Panel<A>* panels,
+                                 long count, Rows<A> rows, Span keys, long size, A* buffer) {
+    if (!c.mask.p) return rows;
+    constexpr long n = Simd<A>::n;
+    Vec<A> probe{};
+    for (long r = 0; r < keys.end - keys.begin; ++r)
+        for (long at = 0; at < padded<A>(size); at += n) probe += load<A>(rows.p + r * rows.ld + at) * A{};
+    bool finite = true;
+    for (long lane = 0; lane < n; ++lane) finite = finite && probe[lane] == 0;
+    if (finite) return rows;
+    const long ld = buffer_ld<A>(size);
+    for (long r = 0; r < keys.end - keys.begin; ++r) {
+        if (rows.p != buffer) copy_scaled<A, A>(buffer + r * ld, rows.p + r * rows.ld, size, 1);
+        if (is_finite(buffer + r * ld, size)) continue;
+        bool seen = false;
+        for (long p = 0; p < count && !seen; ++p) {
+            const Scores<A> scores(c, s, panels[p]);
+            for (long lane = 0; lane < panels[p].count; ++lane)
+                seen = seen || scores.sees(lane, keys.begin + r);
+        }
+        if (!seen)
+            for (long at = 0; at < padded<A>(size); ++at) buffer[r * ld + at] = 0;
+    }
+    return {buffer, ld};
+}
 
 // Which weights dropout keeps: for keys first..first + 3 (first a multiple of 4) one vector each, -1 where
 // kept.
@@ -179,6 +235,18 @@ struct Dropout {
         for (long lane = 0; lane < W; ++lane)
             h[lane] = static_cast<unsigned int>(panel.h[lane]),
             i[lane] = static_cast<unsigned int>(panel.i[lane]);
+    }
+
+    // Of one query and the keys first + lane.
+    SK_INLINE Vec<A> along_keys(long query, long first) const {
+        Words counter[4] = {Words{} + b, Words{} + h[query], Words{} + i[query], Words{}};
+        for (long lane = 0; lane < n; ++lane)
+            counter[3][lane] = static_cast<unsigned int>((first + lane) / 4);
+        philox(seed, counter);
+        Vec<A> found{};
+        for (long lane = 0; lane < n; ++lane)
+            if (counter[(first + lane) % 4][lane] >> 8 >= below) found[lane] = kept_factor;
+        return found;
     }
 
     // Of four keys: the factor of each weight, 0 or 1 / (1 - p).

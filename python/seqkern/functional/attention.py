@@ -58,11 +58,8 @@ def _longest(name: str, cu: Tensor, total: int, rows: str, given: int | None) ->
     return longest if given is None else given
 
 
-def _run(
-    t: Tensors, o: Options, wanted: Wanted, backend: str | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Output, lse and weights by the chosen backend; the last two are None where they were not wanted."""
-    name = _backend.choose(_backend.Call("attention", t, wanted), backend).name
+def _run(name: str, t: Tensors, o: Options) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Output, lse and weights by a backend; the last two are None where they were not wanted."""
     if name == "torch":
         return _torch(t, o), None, None
     if o.dropout_p > 0 and t.seed is None:
@@ -228,7 +225,8 @@ def attention(
     check_extras(t, batch, L, S)
     t = t._replace(mask=_four(mask), bias=_four(bias))
     wanted = Wanted(o, return_lse, dropout_seed is not None)
-    output, lse, shares = _run(t, o, wanted, backend)
+    name = _backend.choose(_backend.Call("attention", t, wanted), backend).name
+    output, lse, shares = _run(name, t, o)
     found = (output, *([lse] if return_lse else []), *([shares] if return_weights else []))
     return found if len(found) > 1 else output
 
@@ -326,8 +324,8 @@ def scaled_dot_product_attention(
             dropout_p=dropout_p,
             window_right=0 if is_causal else -1,
         )
-    wanted = Wanted(o, only_torch=beyond)
-    if _backend.choose(_backend.Call("attention", t, wanted)).name == "torch":
+    name = _backend.choose(_backend.Call("attention", t, Wanted(o, only_torch=beyond))).name
+    if name == "torch":
         return by_torch()
-    output = _run(t, o, wanted, None)[0]
+    output = _run(name, t, o)[0]
     return output.reshape(*query.shape[:-1], value.shape[-1])

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from seqkern.ops import _library
 from seqkern.spec.attention import Options, Tensors
 
+CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+CPU_READY = _library.native() is not None
 TRITON_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 LARGEST_HEAD = 256
 PLAIN = frozenset((Tensor, Parameter))
@@ -33,6 +36,8 @@ def declines(name: str, t: Tensors, wanted: Wanted) -> str | None:
         return None
     if name == "triton":
         return triton_declines(t, wanted.options)
+    if name == "cpu":
+        return cpu_declines(t)
     return f"this version has no {name} kernel for attention"
 
 
@@ -48,6 +53,32 @@ def torch_declines(t: Tensors, wanted: Wanted) -> str | None:
     ):
         if has:
             return f"torch's scaled_dot_product_attention does not know {what}"
+    return None
+
+
+def cpu_declines(t: Tensors) -> str | None:
+    """Why the compiled kernels cannot take a call; they know every option."""
+    if not CPU_READY:
+        return _library.why_missing()
+    if reason := _out_of_place(t, "cpu"):
+        return reason
+    if t.query.dtype not in CPU_DTYPES:
+        return f"the dtype is {t.query.dtype}, not one of {', '.join(sorted(map(str, CPU_DTYPES)))}"
+    if t.query.shape[-1] == 0 or t.value.shape[-1] == 0 or t.query.shape[1] == 0:
+        return "a size is zero"
+    return None
+
+
+def _out_of_place(t: Tensors, device: str) -> str | None:
+    """Why a kernel cannot read the tensors: where they lie, what they are, how they are laid out."""
+    if t.query.device.type != device:
+        return f"the tensors are on {t.query.device}, not on a {'GPU' if device == 'cuda' else 'CPU'}"
+    compiling = torch.compiler.is_compiling()
+    for x in t:
+        if x is not None and type(x) not in PLAIN and not compiling:
+            return f"a tensor is a {type(x).__name__}"
+        if x is not None and x.layout is not torch.strided:
+            return f"a tensor has layout {x.layout}"
     return None
 
 
@@ -75,17 +106,12 @@ _too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def triton_declines(t: Tensors, o: Options) -> str | None:
     query = t.query
     if query.device.type != "cuda":
-        return f"the tensors are on {query.device}, not on a GPU"
+        return _out_of_place(t, "cuda")
     if TRITON_MISSING:
         return TRITON_MISSING
     if reason := _too_old(query.device.index or 0):
         return reason
-    for x in t:
-        if x is not None and type(x) not in PLAIN and not torch.compiler.is_compiling():
-            return f"a tensor is a {type(x).__name__}"
-        if x is not None and x.layout is not torch.strided:
-            return f"a tensor has layout {x.layout}"
-    return triton_shape_declines(t, o)
+    return _out_of_place(t, "cuda") or triton_shape_declines(t, o)
 
 
 def triton_shape_declines(t: Tensors, o: Options) -> str | None:

@@ -1,0 +1,278 @@
+"""The compiled attention kernels against the float64 oracle, on every instruction set that this machine runs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import seqkern
+from seqkern.functional import attention, scaled_dot_product_attention
+from seqkern.ops import _library
+from seqkern.ops.attention import NEEDS
+from seqkern.spec import attention as spec
+from seqkern.spec.attention import Tensors
+from seqkern.testing import assert_close, relative_rms
+from seqkern.testing_attention import OPTIONS, SHAPES, Case, check, make_case, run
+
+NATIVE = _library.native()
+pytestmark = [pytest.mark.native, pytest.mark.built]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+PACKED = ((3, 5), (0, 2), (40, 70), (2, 0))
+# few queries of several heads side by side; several blocks of keys; keys split in parts; chunks of the backward
+SIZES = {
+    "side by side": {"Hq": 4, "Hkv": 2, "L": 5, "S": 7, "D": 8},
+    "blocks": {"Hq": 3, "Hkv": 3, "L": 70, "S": 300, "D": 40, "Dv": 17},
+    "split": {"B": 1, "Hq": 8, "Hkv": 1, "L": 3, "S": 2100, "D": 20},
+    "chunks": {"B": 1, "Hq": 2, "Hkv": 1, "L": 130, "S": 530, "D": 64},
+}
+BANDS = {
+    "causal": {"causal": "top-left"},
+    "bottom-right": {"causal": "bottom-right"},
+    "window": {"window": (40, 10)},
+    "narrow window": {"window": (5, 0)},
+    "left of causal": {"window": (50, -1), "causal": "top-left"},
+    "window to the right": {"window": (-1, 35)},
+    "far window": {"window": (2**40, 2**40)},
+}
+
+
+def named(dtype):
+    return str(dtype)[6:]
+
+
+ISAS = NATIVE.isas() if NATIVE else ["none"]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    NATIVE.force_isa(request.param)
+    yield request.param
+    NATIVE.force_isa(None)
+
+
+def several(*args, **options) -> list[Case]:
+    """One case, or, where few numbers that cancel have a gradient, four that count as one sample."""
+    few = options.get("sinks") or options.get("alibi")
+    return [make_case(*args, **options, seed=seed) for seed in range(4 if few else 1)]
+
+
+# every dtype on one instruction set, every instruction set with one dtype; the rest is in the full product
+@pytest.mark.parametrize(
+    ("isa", "dtype"),
+    [*((ISAS[-1], dtype) for dtype in DTYPES), *((isa, torch.float32) for isa in ISAS[:-1])],
+    indirect=["isa"],
+    ids=lambda x: x if isinstance(x, str) else named(x),
+)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(isa, options, dtype, packed):
+    lengths = PACKED if packed else ()
+    check(several(dtype, lengths=lengths, Hq=4, Hkv=2, L=37, S=70, D=20, Dv=17, **OPTIONS[options]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_full_product(isa, options, sizes, dtype):
+    check(several(dtype, **SIZES[sizes], **OPTIONS[options]))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("options", ["plain", "everything", "sinks", "bias, full", "mask and bias"])
+def test_sizes(options, sizes):
+    check(several(**SIZES[sizes], **OPTIONS[options]))
+
+
+@pytest.mark.parametrize("size", [(130, 130), (70, 340), (340, 70)], ids=str)
+@pytest.mark.parametrize("band", BANDS)
+def test_bands(band, size):
+    L, S = size
+    check(make_case(B=1, Hq=2, Hkv=1, L=L, S=S, D=16, **BANDS[band]))
+
+
+@pytest.mark.parametrize(
+    ("D", "Dv"), [(1, 1), (3, 16), (16, 100), (80, 64), (160, 256), (33, 7), (512, 512), (1, 300)]
+)
+def test_head_sizes(isa, D, Dv):
+    check(make_case(B=1, Hq=2, Hkv=1, L=9, S=35, D=D, Dv=Dv))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{"B": 0}, {"L": 0}, {"S": 0}, {"L": 1, "S": 1}, {"Hq": 6, "Hkv": 3, "L": 1}, {"L": 33, "S": 129}],
+)
+@pytest.mark.parametrize("options", ["plain", "causal", "sinks", "bias, keys", "mask and bias"])
+def test_small_and_empty(options, shape):
+    check(several(**{"D": 16, **shape}, **OPTIONS[options]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    data=st.data(),
+    dtype=st.sampled_from(DTYPES),
+    B=st.integers(1, 3),
+    groups=st.integers(1, 5),
+    Hkv=st.integers(1, 2),
+    L=st.integers(1, 80),
+    S=st.integers(1, 300),
+    D=st.integers(1, 70),
+    Dv=st.integers(1, 70),
+)
+def test_any_shape_and_options(data, dtype, B, groups, Hkv, L, S, D, Dv):
+    shapes = st.sampled_from(["", *SHAPES])
+    drawn = {
+        "mask": data.draw(shapes),
+        "bias": data.draw(shapes),
+        "causal": data.draw(st.sampled_from(["", "top-left", "bottom-right"])),
+        "window": data.draw(st.tuples(st.integers(-1, 90), st.integers(-1, 90))),
+        "softcap": data.draw(st.sampled_from([0.0, 1.0])),
+        "alibi": data.draw(st.integers(0, 2)),
+        "sinks": data.draw(st.booleans()),
+        "dropout_p": data.draw(st.sampled_from([0.0, 0.4])),
+    }
+    sizes = {"B": B, "Hq": groups * Hkv, "Hkv": Hkv, "L": L, "S": S, "D": D, "Dv": Dv}
+    check([make_case(dtype, **sizes, **drawn, seed=seed) for seed in range(4)])
+
+
+# strides and memory
+
+
+def laid_out(x, how):
+    if how == "heads last":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if how == "rows last":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if how == "gapped":
+        return torch.stack((x, torch.full_like(x, 1)), dim=-1)[..., 0]
+    if how == "expanded":
+        return x[:1].expand(x.shape)
+    wide = torch.empty(x.numel() + 1, dtype=x.dtype)  # "offset": no alignment
+    wide[1:] = x.reshape(-1)
+    return wide[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("how", ["heads last", "rows last", "gapped", "expanded", "offset"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
+def test_strides(dtype, how):
+    case = make_case(dtype, Hq=2, Hkv=2, L=37, S=37, D=16, mask="full", bias="full", sinks=True)
+    t = Tensors(*(x if x is None or x.dim() < 4 else laid_out(x, how) for x in case.tensors))
+    check(Case(t, case.options, (laid_out(case.grads[0], how), case.grads[1])))
+
+
+@pytest.mark.parametrize(
+    "options", ["plain", "everything", "bias, heads shared", "bias, queries", "alibi", "sinks"]
+)
+def test_bits_do_not_depend_on_threads(options):
+    case = make_case(B=2, Hq=4, Hkv=2, L=150, S=700, D=32, **OPTIONS[options])
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for n in (1, 2, 3, 5):
+            torch.set_num_threads(n)
+            found.append(run(case))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        for name, x in found[0].items():
+            assert torch.equal(x, other[name]), name
+
+
+@pytest.mark.parametrize("options", ["plain", "causal", "bias, full"])
+def test_a_part_of_the_batch_has_the_bits_of_the_whole(options):
+    case = make_case(B=3, Hq=2, Hkv=2, L=64, S=64, D=32, **OPTIONS[options])
+    whole = torch.ops.seqkern.attention(*case.tensors, *case.options)[0]
+    part = Tensors(*(x if x is None else x[1:2] for x in case.tensors))
+    assert torch.equal(torch.ops.seqkern.attention(*part, *case.options)[0], whole[1:2])
+
+
+# what is asked for beside the output
+
+
+@pytest.mark.parametrize("weights", ["heads", "mean"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
+def test_weights(dtype, options, weights):
+    case = make_case(dtype, B=2, Hq=4, Hkv=2, L=40, S=150, D=16, weights=weights, **OPTIONS[options])
+    got = torch.ops.seqkern.attention(*case.tensors, *case.options)[2]
+    want = spec.attention(*case.to(torch.float64).tensors, *case.options)[2]
+    rounded = spec.attention(*case.tensors, *case.options)[2]
+    assert_close({"weights": got}, {"weights": want}, {"weights": relative_rms(rounded, want)})
+
+
+@pytest.mark.parametrize("weights", ["heads", "mean"])
+@pytest.mark.parametrize("options", ["plain", "everything", "dropout", "sinks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=named)
+def test_gradient_of_the_weights(isa, dtype, options, weights):
+    case = make_case(dtype, B=2, Hq=4, Hkv=2, L=9, S=150, D=16, weights=weights, **OPTIONS[options])
+    arguments = (*case.tensors, *case.options)
+    output, lse, shares = torch.ops.seqkern.attention(*arguments)
+    grads = (*case.grads, torch.randn(shares.shape, dtype=torch.float64).to(dtype))
+    got = torch.ops.seqkern.attention_backward(*grads, output, lse, *arguments, *((True,) * len(NEEDS)))
+    wide = case.to(torch.float64)
+    want = spec.attention_backward((*wide.grads, grads[2].double()), *wide.tensors, *case.options)
+    for name, d, reference in zip(spec.Gradients._fields, got, want):
+        if reference is not None:
+            assert relative_rms(d, reference) < (1e-11 if dtype == torch.float64 else 5e-6), name
+
+
+def test_fully_hidden_rows_are_zero_and_take_no_gradient():
+    q, k, v = (torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3))
+    mask = torch.ones(1, 1, 40, 40, dtype=torch.bool)
+    mask[..., 7, :] = False
+    output, lse = attention(q, k, v, mask=mask, return_lse=True, backend="cpu")
+    assert (output[:, :, 7] == 0).all() and (lse[:, :, 7] == -torch.inf).all()
+    output.square().sum().backward()
+    assert q.grad is not None and (q.grad[:, :, 7] == 0).all()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
+
+
+@pytest.mark.parametrize("hidden", [torch.nan, torch.inf])
+def test_what_no_query_sees_does_not_leak(hidden):
+    case = make_case(B=2, Hq=4, Hkv=2, L=40, S=150, D=16, mask="heads shared")
+    arguments = (*case.tensors, *case.options)
+
+    def both():
+        output, lse, _ = torch.ops.seqkern.attention(*arguments)
+        return output, *torch.ops.seqkern.attention_backward(
+            *case.grads, None, output, lse, *arguments, *((True,) * len(NEEDS))
+        )[:3]
+
+    want = both()
+    for x in case.tensors[1:3]:
+        x[:, :, -1] = hidden
+    assert all(torch.equal(a, b) for a, b in zip(both(), want))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", range(3), ids=["query", "key", "value"])
+def test_what_is_not_finite_travels_as_in_torch(which, value):
+    tensors = [torch.randn(1, 2, 40, 16) for _ in range(3)]
+    tensors[which][0, 1, 5, 3] = value
+    want = F.scaled_dot_product_attention(*(x.double() for x in tensors))
+    got = scaled_dot_product_attention(*tensors)
+    assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
+
+
+def test_errors_write_nothing():
+    q, k, v = make_case().tensors[:3]
+    seed = torch.tensor([1])
+    for wrong, says in (
+        ((q, k[:, :, :3], v), "agree"),
+        ((q, k[..., :4], v), "head size"),
+        ((q.int(), k, v), "float32"),
+        ((q, k.double(), v), "dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=f"seqkern: .*{says}"):
+            torch.ops.seqkern.attention(*wrong, *((None,) * 7), 1.0, 0.0, 0.0, -1, -1, False, 0, 0, "")
+    rows, cu = torch.zeros(6, 2, 8), torch.tensor([0, 6], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="max_seqlen"):
+        torch.ops.seqkern.attention(
+            rows, rows, rows, None, None, None, None, seed, cu, cu, 1.0, 0.0, 0.0, -1, -1, False, 5, 6, ""
+        )
+
+
+def test_it_is_the_default_on_a_cpu():
+    q, k, v = (torch.randn(1, 2, 64, 16) for _ in range(3))
+    assert str(seqkern.explain(scaled_dot_product_attention, q, k, v)) == "(itself) (attention): cpu"
