@@ -1,5 +1,8 @@
 """The compiled attention kernels against the float64 oracle, on every instruction set that this machine runs."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,6 +82,16 @@ def test_full_product(isa, options, sizes, dtype):
     check(several(dtype, **SIZES[sizes], **OPTIONS[options]))
 
 
+@pytest.mark.parametrize("L", [1, 2, 5, 16, 17])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    "options", ["plain", "everything", "sinks", "bias, keys", "bias, queries", "dropout"]
+)
+def test_few_queries(isa, options, packed, L):
+    lengths = ((L, 150), (1, 3), (0, 4), (L, 0)) if packed else ()
+    check(several(Hq=2, Hkv=1, L=L, S=150, D=20, Dv=17, lengths=lengths, **OPTIONS[options]))
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("options", ["plain", "everything", "sinks", "bias, full", "mask and bias"])
 def test_sizes(options, sizes):
@@ -153,10 +166,11 @@ def laid_out(x, how):
     return wide[1:].view(x.shape)
 
 
+@pytest.mark.parametrize("L", [3, 37])
 @pytest.mark.parametrize("how", ["heads last", "rows last", "gapped", "expanded", "offset"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
-def test_strides(dtype, how):
-    case = make_case(dtype, Hq=2, Hkv=2, L=37, S=37, D=16, mask="full", bias="full", sinks=True)
+def test_strides(dtype, how, L):
+    case = make_case(dtype, Hq=2, Hkv=2, L=L, S=37, D=16, mask="full", bias="full", sinks=True)
     t = Tensors(*(x if x is None or x.dim() < 4 else laid_out(x, how) for x in case.tensors))
     check(Case(t, case.options, (laid_out(case.grads[0], how), case.grads[1])))
 
@@ -274,5 +288,42 @@ def test_errors_write_nothing():
 
 
 def test_it_is_the_default_on_a_cpu():
-    q, k, v = (torch.randn(1, 2, 64, 16) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 500, 64) for _ in range(3))
     assert str(seqkern.explain(scaled_dot_product_attention, q, k, v)) == "(itself) (attention): cpu"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("L", [1, 7, 64])
+def test_small_calls_are_torchs_unless_they_need_a_gradient(L, causal):
+    q, k, v = (torch.randn(1, 2, L, 16) for _ in range(3))
+
+    def backend():
+        return str(seqkern.explain(scaled_dot_product_attention, q, k, v, is_causal=causal)).splitlines()[0]
+
+    assert backend() == "(itself) (attention): torch"
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    assert torch.equal(scaled_dot_product_attention(q, k, v, is_causal=causal), want)
+    q.requires_grad_()
+    assert backend() == "(itself) (attention): cpu"
+
+
+LONG = """
+import resource, torch
+from seqkern.functional import attention
+L, D = 16384, 64
+q, k, v = (torch.randn(1, 1, L, D, requires_grad=True) for _ in range(3))
+attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], window=8).sum().backward()
+for x in (q, k, v):
+    x.grad = None
+output, grads = torch.ones(1, 1, L, D), [torch.ones(1, 1, L, D) for _ in range(3)]
+del output, grads  # their pages stay with the process for the results
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+attention(q, k, v, causal=True, backend="cpu").sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_memory_grows_with_the_length_alone():
+    """Forward and backward at L = 16384: the weights of one head would take 1024 MB."""
+    done = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=True, timeout=300)
+    assert float(done.stdout) < 64

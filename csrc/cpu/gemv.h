@@ -95,14 +95,14 @@ SK_INLINE void dot_rows(const S* w, long ldw, long count, const Multiplied<A>* b
 
 // o[row][0..n) (row stride ldo) (+)= the first `count` rows of w times each of a[row][K].
 template <class A, int M = 4, class S>
-void rows_as_they_lie(const S* w, long K, long count, long rows, const A* a, long lda, A* o, long ldo,
-                      bool accumulate) {
+void rows_as_they_lie(const S* w, long ldw, long K, long count, long rows, const A* a, long lda, A* o,
+                      long ldo, bool accumulate) {
     while (rows >= M) {
         Vec<A> out[M];
         Multiplied<A> by[M];
         SK_UNROLL
         for (int m = 0; m < M; ++m) by[m] = Multiplied<A>(a + m * lda, K);
-        dot_rows<A, M>(w, K, count, by, out);
+        dot_rows<A, M>(w, ldw, count, by, out);
         SK_UNROLL
         for (int m = 0; m < M; ++m) {
             A* to = o + m * ldo;
@@ -111,7 +111,7 @@ void rows_as_they_lie(const S* w, long K, long count, long rows, const A* a, lon
         rows -= M, a += M * lda, o += M * ldo;
     }
     if constexpr (M > 1)
-        if (rows > 0) rows_as_they_lie<A, M / 2>(w, K, count, rows, a, lda, o, ldo, accumulate);
+        if (rows > 0) rows_as_they_lie<A, M / 2>(w, ldw, K, count, rows, a, lda, o, ldo, accumulate);
 }
 
 }  // namespace SEQKERN_ISA

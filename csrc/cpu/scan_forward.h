@@ -90,7 +90,7 @@ struct ForwardScan {
             const long v = backwards ? NV - 1 - at : at, unit = (panel * U + v % U) * n;
             if (unit >= c.H) continue;
             const S* from = static_cast<const S*>(w) + (v / U * c.H + unit) * K;
-            rows_as_they_lie(from, K, c.H - unit, rows, a, lda, o + v * n, W, accumulate);
+            rows_as_they_lie(from, K, K, c.H - unit, rows, a, lda, o + v * n, W, accumulate);
         }
     }
 
@@ -98,7 +98,7 @@ struct ForwardScan {
     void project_as_it_lies(long dir, long first, long rows, const A* full, A* to) const {
         const S* w = static_cast<const S*>(c.weights[dir].w_hr) + first * c.H;
         for (long j = 0; j < min_of(c.P - first, 2 * n); j += n)
-            rows_as_they_lie(w + j * c.H, c.H, c.P - first - j, rows, full, s.ld_h, to + j, s.ld_p, false);
+            rows_as_they_lie(w + j * c.H, c.H, c.H, c.P - first - j, rows, full, s.ld_h, to + j, s.ld_p, false);
     }
 
     // The cell on `rows` rows of one panel. x, r: [row][W] pre-activations without bias.

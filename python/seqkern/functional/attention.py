@@ -6,7 +6,7 @@ from torch import Tensor
 
 from seqkern.ops import _backend
 from seqkern.ops import attention as _declares_the_ops  # noqa: F401
-from seqkern.ops._attention_backends import Wanted
+from seqkern.ops._attention_backends import PLAIN, Wanted, too_small
 from seqkern.ops._checks_attention import (
     check_cu_seqlens,
     check_extras,
@@ -264,6 +264,18 @@ def _beyond(
     return ""
 
 
+def _passes(query, key, value, mask, causal: bool) -> bool:
+    """The short way to torch's kernel for calls so small that looking at them closely would double their time."""
+    if _backend.special or torch.compiler.is_compiling():
+        return False
+    for x in (query, key, value):
+        if not (type(x) in PLAIN and x.is_cpu and x.dim() == 4):
+            return False
+    return too_small(query, key, value, causal) and not (
+        _backend.needs_grad((query, key, value, mask)) or _backend.in_transform()
+    )
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -304,6 +316,8 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
 
+    if _passes(query, key, value, attn_mask, is_causal):
+        return by_torch()
     given = (query, key, value, *(() if attn_mask is None else (attn_mask,)))
     if not all(isinstance(x, Tensor) for x in given):
         return by_torch()

@@ -12,6 +12,11 @@ from seqkern.spec.attention import Options, Tensors
 
 CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 CPU_READY = _library.native() is not None
+# Below these an op's call costs more than our kernels save; causal counted in full.
+SMALL_FLOP = 1e7
+SMALL_FLOP_CAUSAL = 5e6
+SMALL_FLOP_OF_FEW = 2e6  # of 2 to 16 queries
+SMALL_NUMBERS_OF_ONE = 2e6  # keys and values of one query
 TRITON_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 LARGEST_HEAD = 256
 PLAIN = frozenset((Tensor, Parameter))
@@ -54,6 +59,25 @@ def torch_declines(t: Tensors, wanted: Wanted) -> str | None:
         if has:
             return f"torch's scaled_dot_product_attention does not know {what}"
     return None
+
+
+def too_small(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
+    """Whether a call without a gradient is over on torch's kernel before an op of this package pays."""
+    L = query.shape[-2]
+    if L == 1:
+        return key.numel() + value.numel() < SMALL_NUMBERS_OF_ONE
+    most = SMALL_FLOP_OF_FEW if L <= 16 else SMALL_FLOP_CAUSAL if causal else SMALL_FLOP
+    return 4 * query.numel() * key.shape[-2] < most
+
+
+def torch_outruns(t: Tensors, wanted: Wanted) -> str | None:
+    """Why torch's kernel is known to be faster on a CPU than ours, which then stand aside unless forced."""
+    causal = wanted.options.window_right == 0
+    if torch.compiler.is_compiling() or t.cu_seqlens_q is not None or not too_small(*t[:3], causal):
+        return None
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in t):
+        return None  # a call overhead matters less there, and torch's kernel has no second derivative
+    return None if torch_declines(t, wanted) else "so small a call"
 
 
 def cpu_declines(t: Tensors) -> str | None:

@@ -278,7 +278,10 @@ def torch_outruns(op: str, tensors: Sequence[Tensor | None]) -> str | None:
 
 def _cpu_avoids(call: Call) -> str | None:
     """Why the compiled kernels are left aside unless they are forced."""
-    reason = None if call.wanted is not None else torch_outruns(call.op, call.tensors)
+    if call.wanted is not None:
+        reason = _attention_backends.torch_outruns(call.tensors, call.wanted)  # type: ignore[arg-type]
+    else:
+        reason = torch_outruns(call.op, call.tensors)
     return reason and f"{reason} is faster on torch's kernel"
 
 
