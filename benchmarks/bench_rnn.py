@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from seqkern.bench import measure
-from seqkern.bench.rows import MODES, SUITES, TRAINING
+from seqkern.bench.rows import MODES, TRAINING
+from seqkern.bench.suites import SUITES
 
 NAMES = str.maketrans(" ,", "-x")  # for -k, which takes neither
 CASES = [
     pytest.param(row, mode, id=f"{row.name}-{mode}".translate(NAMES))
-    for row in SUITES["rnn"]
+    for row in SUITES["rnn"].rows
     for mode in MODES
 ]
 
@@ -23,7 +24,7 @@ CASES = [
 def test_row(benchmark, row, mode, who):
     model, inputs = row.build()
     if who == "seqkern":
-        model = measure.accelerated(model)
+        model = row.ours(model)
         measure.gate(row, mode, model)
     benchmark.group = f"{row.name}, {mode}"
     benchmark.extra_info["flop"] = row.flop(mode)

@@ -1,5 +1,8 @@
 """The compiled attention kernels against the float64 oracle, on every instruction set that this machine runs."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -302,3 +305,27 @@ def test_small_calls_are_torchs_unless_they_need_a_gradient(L, causal):
     assert torch.equal(scaled_dot_product_attention(q, k, v, is_causal=causal), want)
     q.requires_grad_()
     assert backend() == "(itself) (attention): cpu"
+
+
+LONG = """
+import resource, torch
+from seqkern.functional import attention
+L, D = 16384, 64
+q, k, v = (torch.randn(1, 1, L, D, requires_grad=True) for _ in range(3))
+attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], window=8).sum().backward()
+for x in (q, k, v):
+    x.grad = None
+output, grads = torch.ones(1, 1, L, D), [torch.ones(1, 1, L, D) for _ in range(3)]
+del output, grads  # their pages stay with the process for the results
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+attention(q, k, v, causal=True, backend="cpu").sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_memory_grows_with_the_length_alone():
+    """Forward and backward at L = 16384: the weights of one head would take 1024 MB."""
+    done = subprocess.run(
+        [sys.executable, "-c", LONG], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert float(done.stdout) < 64

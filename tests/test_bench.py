@@ -12,8 +12,21 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import seqkern
-from seqkern.bench import fresh, limits, measure, onnx_peer, peers, plot, record, run, tables
-from seqkern.bench.rows import INFERENCE, MODES, SUITES, TRAINING, RecurrentRow
+from seqkern.bench import (
+    fresh,
+    limits,
+    measure,
+    onnx_peer,
+    onnx_recurrent,
+    peers,
+    pictures,
+    record,
+    run,
+    tables,
+)
+from seqkern.bench.recurrent import RecurrentRow
+from seqkern.bench.rows import INFERENCE, MODES, ONNX, TRAINING
+from seqkern.bench.suites import SUITES
 from seqkern.bench.targets import Target, judge
 from seqkern.cli import app
 from seqkern.ops import _library
@@ -48,10 +61,10 @@ class Clock:
 @pytest.fixture
 def tiny(monkeypatch):
     """A suite of two tiny rows, and no process but this one."""
-    monkeypatch.setitem(SUITES, "rnn", (ROWS["layer"], ROWS["cell"]))
+    monkeypatch.setitem(SUITES, "rnn", replace(SUITES["rnn"], rows=(ROWS["layer"], ROWS["cell"])))
     monkeypatch.setattr(fresh, "probe", lambda *a, **k: (0.25, 1_000_000))
     monkeypatch.setattr(limits, "measure", lambda: limits.Limits(100.0, {"L2": 50.0}))
-    monkeypatch.setattr(limits.Limits, "sample", lambda self: None)
+    monkeypatch.setattr(limits.Limits, "sample", lambda self, levels=(): None)
 
 
 def bench(*words):
@@ -70,13 +83,13 @@ def ran(tmp_path, *words):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_gate_passes_what_is_right(row, mode):
-    measure.gate(row, mode, measure.accelerated(row.build()[0]))
+    measure.gate(row, mode, row.ours(row.build()[0]))
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_gate_refuses_a_wrong_kernel(row, mode):
-    model = measure.accelerated(row.build()[0])
+    model = row.ours(row.build()[0])
     with torch.no_grad():
         next(model.parameters())[0] += 0.5
     with pytest.raises(measure.WrongResult, match=r"output.* is off by"):
@@ -98,12 +111,12 @@ def test_gate_refuses_nan_and_wrong_gradients():
 
 
 def test_a_wrong_kernel_gets_no_figure(tiny, tmp_path, monkeypatch):
-    def spoilt(model):
+    def spoilt(self, model):
         for p in model.parameters():
             torch.nn.init.zeros_(p)
         return model
 
-    monkeypatch.setattr(measure, "accelerated", spoilt)
+    monkeypatch.setattr(RecurrentRow, "ours", spoilt)
     done = bench("rnn", "--output", str(tmp_path), "--no-peers")
     assert done.exit_code == 1
     assert "no figure for a wrong result" in done.output
@@ -115,12 +128,12 @@ def test_flop_and_bytes():
     assert LAYER.flop(TRAINING) == 3 * LAYER.flop(INFERENCE)
     assert replace(LAYER, proj=3).flop(INFERENCE) == 2 * (4 * 5 * (4 + 3) + 5 * 3) * 2 * 3
     assert ROWS["packed"].flop(INFERENCE) == 2 * 2 * 3 * 5 * ((4 + 5) + (10 + 5)) * (3 + 1)
-    assert LAYER.weight_bytes(INFERENCE) is None
-    assert replace(LAYER, B=1).weight_bytes(INFERENCE) == 4 * (3 * 4 * 5 * 5 + 4 * 5 * 4)
+    assert LAYER.bytes_read(INFERENCE) is None
+    assert replace(LAYER, B=1).bytes_read(INFERENCE) == 4 * (3 * 4 * 5 * 5 + 4 * 5 * 4)
 
 
 def test_suite_has_the_rows_of_the_issue():
-    rows = SUITES["rnn"]
+    rows = SUITES["rnn"].rows
     assert len({row.name for row in rows}) == len(rows)
     named = [row for row in rows if row.group == "peers"]
     assert len(named) == 15 and all(row.target(mode) for row in named for mode in MODES)
@@ -183,12 +196,12 @@ def test_verdict(target, ratios, share, says):
 
 def test_results_are_written_read_drawn_and_shown(tiny, tmp_path):
     made, output = ran(tmp_path, "--peers", "torch")
-    assert [r.key for r in made] == [(row.name, mode) for row in SUITES["rnn"] for mode in MODES]
+    assert [r.key for r in made] == [(row.name, mode) for row in SUITES["rnn"].rows for mode in MODES]
     first = made[0]
     assert first.timings["torch"].ratio > 0 and first.timings["seqkern"].ratio is None
     assert first.backend == ("cpu" if _library.native() else "torch")
     assert (first.timings["seqkern"].first_call, first.timings["seqkern"].peak_bytes) == (0.25, 1_000_000)
-    assert first.share_of_peak == pytest.approx(first.gflops("seqkern") / 100)
+    assert first.share_of_peak == pytest.approx(first.speed("seqkern") / 100)
     assert {"cpu", "cores", "isa"} <= first.machine.keys() and first.versions[
         "seqkern"
     ] == seqkern.__version__
@@ -214,13 +227,13 @@ def test_markdown_shows_losses_like_wins(tiny, tmp_path):
     made[0] = replace(made[0], timings=made[0].timings | {"torch": lost}, share_of_peak=0.01)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- bench:rnn -->\nold\n<!-- /bench:rnn -->\nafter\n")
-    text = tables.markdown(made, "rnn.png")
+    text = tables.markdown(made, {"bars": "rnn.png"})
     assert tables.put(page, "bench:rnn", text) and not tables.put(page, "bench:rnn", text)
     assert tables.between(page, "bench:rnn") == text
     assert page.read_text().startswith("before\n<!--") and page.read_text().endswith("-->\nafter\n")
     assert "0.50x (0.40x to 0.60x)" in text and "1.05x the best peer or 83% of peak: missed" in text
     with pytest.raises(ValueError, match="0 places"):
-        tables.put(page, "bench:attention", text)
+        tables.put(page, "bench:other", text)
 
 
 def test_a_line_that_is_no_result_is_named(tmp_path):
@@ -230,18 +243,24 @@ def test_a_line_that_is_no_result_is_named(tmp_path):
         record.read(path)
 
 
-def test_readme_shows_the_newest_committed_results():
-    path = record.newest(ROOT / "benchmarks" / "results", "rnn")
-    assert path is not None
-    picture = path.with_suffix(".png")
-    assert picture.is_file()
-    text = tables.markdown(record.latest(record.read(path)), picture.relative_to(ROOT).as_posix())
-    assert tables.between(ROOT / "README.md", "bench:rnn") == text, "run benchmarks/publish.py"
+@pytest.mark.parametrize("suite", SUITES)
+def test_readme_shows_the_newest_committed_results(suite, tmp_path):
+    path = record.newest(ROOT / "benchmarks" / "results", suite)
+    text = ""
+    if path is not None:
+        records = record.latest(record.read(path))
+        drawn = pictures.draw(records, tmp_path / path.name)
+        shown = {said: path.with_name(each.name) for said, each in drawn.items()}
+        assert all(each.is_file() for each in shown.values())
+        text = tables.markdown(
+            records, {said: each.relative_to(ROOT).as_posix() for said, each in shown.items()}
+        )
+    assert tables.between(ROOT / "README.md", f"bench:{suite}") == text, "run benchmarks/publish.py"
 
 
-def test_plot_refuses_nothing_to_draw(tmp_path):
+def test_pictures_refuse_nothing_to_draw(tmp_path):
     with pytest.raises(ValueError, match="no result"):
-        plot.draw([], tmp_path / "x.png")
+        pictures.draw([], tmp_path / "x.jsonl")
 
 
 @pytest.mark.parametrize("module", ["RNN", "LSTM", "GRU"])
@@ -249,7 +268,8 @@ def test_plot_refuses_nothing_to_draw(tmp_path):
 def test_onnx_agrees_with_torch(module, bidirectional):
     row = replace(LAYER, module=module, bidirectional=bidirectional)
     layer, (x,) = row.build()
-    found = onnx_peer.outputs(onnx_peer.session(layer, 1).run(None, {"x": x.numpy()}), layer)
+    here = onnx_peer.session(onnx_recurrent.model(layer, (x,)), 1)
+    found = onnx_recurrent.outputs(here.run(None, onnx_recurrent.feeds(layer, (x,))), layer)
     for (name, want), got in zip(measure.results(layer, (x,), INFERENCE).items(), found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -271,8 +291,8 @@ def test_onnx_runtime_answers_from_its_own_process(monkeypatch):
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_onnx_serves_plain_layers_in_inference(row):
-    assert onnx_peer.serves(row, INFERENCE) == (row is LAYER)
-    assert not onnx_peer.serves(row, TRAINING)
+    assert (ONNX in row.rivals(INFERENCE)) == (row is LAYER)
+    assert ONNX not in row.rivals(TRAINING)
 
 
 def test_fresh_process_tells_first_call_and_memory():
@@ -306,8 +326,7 @@ def test_limits_are_measured():
 )
 def test_a_missing_package_is_left_out(tiny, tmp_path, monkeypatch, name, says):
     if name == "matplotlib":
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        monkeypatch.setattr(pictures, "find_spec", lambda n: None)
     else:
         real = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == name else real(n, *a))
@@ -334,7 +353,7 @@ def test_a_peer_that_fails_is_left_out(tiny, tmp_path, monkeypatch, when):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("transformer",), "suite is 'transformer', expected one of rnn"),
+        (("keras",), "suite is 'keras', expected one of rnn, attention, transformer, sdpa-sweep"),
         (("rnn", "--rows", "some"), "rows is 'some'"),
         (("rnn", "--mode", "both_of"), "mode is 'both_of'"),
         (("rnn", "--rounds", "0"), "rounds is 0"),

@@ -142,13 +142,17 @@ def demo(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="rnn")] = "rnn",
+    suite: Annotated[str, typer.Argument(help="rnn, attention, transformer or sdpa-sweep")] = "rnn",
     only: Annotated[str, typer.Option("--filter", help="rows whose name has this text in it")] = "",
     mode: Annotated[str, typer.Option(help="inference, training or both")] = "both",
     rows: Annotated[str, typer.Option(help="peers (those with known figures) or all")] = "peers",
-    rounds: Annotated[int, typer.Option(help="turns of each peer in a row")] = 11,
-    seconds_per_row: Annotated[float, typer.Option(help="seconds of timing for each row and mode")] = 4.0,
-    output: Annotated[Path | None, typer.Option(help="folder of results and picture")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="turns of each peer in a row; the suite's number if not given")
+    ] = None,
+    seconds_per_row: Annotated[
+        float | None, typer.Option(help="seconds of timing for each row and mode, likewise")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="folder of results and pictures")] = None,
     threads: Annotated[
         int | None, typer.Option(help="threads of every peer; torch's number if not given")
     ] = None,

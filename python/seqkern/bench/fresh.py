@@ -63,7 +63,7 @@ def _cost(call: Callable[[], Any]) -> tuple[float, int | None]:
 def _run(connection: Connection, row: Row, mode: str, accelerated: bool, threads: int) -> None:
     model, inputs = row.build()
     if accelerated:
-        model = measure.accelerated(model)
+        model = row.ours(model)
     torch.set_num_threads(threads)
     call = measure.caller(model, inputs, mode)
     x = torch.zeros(1, requires_grad=True)

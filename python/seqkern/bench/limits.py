@@ -59,10 +59,18 @@ class Limits:
             return None
         return flop / seconds / 1e9 / self.fma_peak
 
-    def share_of_l2(self, size: float | None, seconds: float) -> float | None:
-        if size is None or "L2" not in self.bandwidth:
+    def level(self, held: float | None) -> str:
+        """The nearest level that has room for so many bytes; the cores' own, L2, where None."""
+        if held is None:
+            return "L2"
+        room = {name: 2 * size for name, size in self.sets.items() if name != "memory"}
+        return next((name for name, size in room.items() if held <= size), "memory")
+
+    def share_of_read(self, size: float | None, seconds: float, level: str) -> float | None:
+        """Of the bandwidth of a level, by reading so many bytes."""
+        if size is None or level not in self.bandwidth:
             return None
-        return size / seconds / 1e9 / self.bandwidth["L2"]
+        return size / seconds / 1e9 / self.bandwidth[level]
 
 
 def measure(seconds: float = 0.2) -> Limits:

@@ -1,9 +1,8 @@
 """What a figure rests on: the gate that a kernel passes first, and timings taken in turns."""
 
-import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,8 @@ Timed = Callable[[int], float]  #: seconds that so many calls take
 MIN_ROUNDS = 5  # also where a row's time is up before
 SETTLE = 0.005  # seconds before a turn, in which the last one's thread pool stops spinning
 LONG = 0.05  # seconds of a call from which on a turn needs no call to warm up
+SURE = 1.0  # seconds of a first call that says well enough how long one takes
+WRONG = 1e-3  # relative RMS beyond which a peer was set up wrongly; approximations stay below 1e-5
 
 
 class WrongResult(Exception):
@@ -41,6 +42,15 @@ def tensors(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
     else:
         for i, each in enumerate(value):
             yield from tensors(each, f"{name}[{i}]")
+
+
+def compare(peer: str, want: Mapping[str, Tensor], got: Sequence[Tensor]) -> None:
+    """Raises PeerFailed where a peer's results are not torch's, whose order they have."""
+    for (name, value), found in zip(want.items(), got, strict=True):
+        if not testing.relative_rms(found, value) <= WRONG:
+            raise PeerFailed(
+                peer, f"it and torch differ by {testing.relative_rms(found, value):.2g} in {name}"
+            )
 
 
 def leaf(value: Any) -> tuple[Any, Tensor]:
@@ -98,18 +108,25 @@ def results(model: nn.Module, inputs: tuple[Any, ...], mode: str) -> dict[str, T
         return {name: t.detach() for name, t in caller(model, inputs, mode)().items()}
 
 
+def _widened(value: Any) -> Any:
+    if isinstance(value, PackedSequence):
+        return value._replace(data=value.data.double())
+    return value.double() if value.is_floating_point() else value
+
+
 def reference(row: Row, mode: str) -> dict[str, Tensor]:
-    """The workload's outputs, and in training its gradients, by torch in float64."""
-    model, inputs = row.build()
-    wide = tuple(
-        i._replace(data=i.data.double()) if isinstance(i, PackedSequence) else i.double() for i in inputs
-    )
+    """The workload's outputs, and in training its gradients, in float64."""
+    model, inputs = row.oracle()
+    wide = tuple(map(_widened, inputs))
     return results(model.double(), wide, mode)
 
 
 def gate(row: Row, mode: str, ours: nn.Module, want: Mapping[str, Tensor] | None = None) -> None:
-    """Raises WrongResult unless every tensor of ``ours`` is as near to float64 as `testing.tolerance` asks."""
-    model, inputs = row.build()
+    """Raises WrongResult unless every tensor of ``ours`` is as near to float64 as `testing.tolerance` asks.
+
+    Integers, which are tokens, must be those of float64 or of torch.
+    """
+    model, inputs = row.oracle()
     want = want if want is not None else reference(row, mode)
     theirs = results(model, inputs, mode)
     testing.poison(*theirs.values())
@@ -119,6 +136,10 @@ def gate(row: Row, mode: str, ours: nn.Module, want: Mapping[str, Tensor] | None
             raise WrongResult(
                 f"{row.name}, {mode}: {name} is {tuple(got[name].shape)}, not {tuple(value.shape)}"
             )
+        if not value.is_floating_point():
+            if not any(torch.equal(got[name], each[name]) for each in (want, theirs)):
+                raise WrongResult(f"{row.name}, {mode}: {name} differs from torch's in some places")
+            continue
         error = testing.relative_rms(got[name], want[name])
         allowed = testing.tolerance(value.dtype, testing.relative_rms(value, want[name]), row.depth())
         if not error <= allowed:  # NaN fails
@@ -160,8 +181,9 @@ def interleaved(
     until = clock() + seconds
     calls, warm = {}, {}
     for name, run in subjects.items():
-        run(1)
-        once = min(run(1), run(1))
+        once = run(1)
+        if once < SURE:
+            once = min(run(1), run(1))
         calls[name] = max(1, round(seconds / (rounds * len(subjects) * max(once, 1e-7))))
         warm[name] = once < LONG
     order = list(subjects)
@@ -185,9 +207,3 @@ def ratios(times: Mapping[str, list[float]], ours: str) -> dict[str, Spread]:
         for name, each in times.items()
         if name != ours
     }
-
-
-def accelerated(model: nn.Module) -> nn.Module:
-    from seqkern.swap import accelerate
-
-    return accelerate(copy.deepcopy(model))

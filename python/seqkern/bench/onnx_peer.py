@@ -2,61 +2,47 @@
 
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import nn
 
-from seqkern.bench import recurrent_onnx
-from seqkern.bench.measure import PeerFailed, results
-from seqkern.bench.rows import INFERENCE, RecurrentRow, Row
-from seqkern.testing import relative_rms
+from seqkern.bench import onnx_attention, onnx_recurrent
+from seqkern.bench.measure import PeerFailed, compare, results
+from seqkern.bench.rows import INFERENCE, Row
+from seqkern.bench.rows import ONNX as NAME
 
-NAME = "onnxruntime"
-WRONG = 1e-3  # relative RMS beyond which the model was built wrongly; its approximations stay below 1e-5
 ANSWER = 120  # seconds
 
 
-def serves(row: Row, mode: str) -> bool:
-    plain = isinstance(row, RecurrentRow) and not (row.packed or row.proj or row.is_cell) and row.layers == 1
-    return plain and mode == INFERENCE and row.dtype == "float32"
-
-
-def session(layer: nn.RNNBase, threads: int):
-    """An inference session of the layer, with so many threads."""
+def session(model: bytes, threads: int):
+    """An inference session of a serialised model, with so many threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # once a run is over
-    return onnxruntime.InferenceSession(
-        recurrent_onnx.model(layer), options, providers=["CPUExecutionProvider"]
-    )
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def outputs(found: Sequence[Any], layer: nn.RNNBase) -> list[torch.Tensor]:
-    """What the session returned, in torch's layout: output, then the final states."""
-    y, *states = map(torch.from_numpy, found)
-    steps, _, batch, _ = y.shape
-    return [y.transpose(1, 2).reshape(steps, batch, -1), *states]
+def graph(module: nn.Module) -> Any:
+    """The room that knows a module's ONNX model, what it is fed, and what torch calls its results."""
+    return onnx_recurrent if isinstance(module, nn.RNNBase) else onnx_attention
 
 
 def _load(row: Row, threads: int) -> tuple[float, Callable[[], object]]:
     """Seconds until the first answer, and a call of the model, whose results have been compared with torch's."""
-    layer, (x,) = row.build()
-    assert isinstance(layer, nn.RNNBase)
-    given = {"x": x.numpy()}
+    module, inputs = row.build()
+    of = graph(module)
+    model, given = of.model(module, inputs), of.feeds(module, inputs)
     start = time.perf_counter()
-    here = session(layer, threads)
+    here = session(model, threads)
     found = here.run(None, given)
     first = time.perf_counter() - start
-    want = results(layer, (x,), INFERENCE)
-    for (name, value), got in zip(want.items(), outputs(found, layer), strict=True):
-        if not relative_rms(got, value) <= WRONG:
-            raise ValueError(f"ONNX Runtime and torch differ by {relative_rms(got, value):.2g} in {name}")
+    compare(NAME, results(module, inputs, INFERENCE), of.outputs(found, module))
     return first, lambda: here.run(None, given)
 
 

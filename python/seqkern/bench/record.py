@@ -18,7 +18,7 @@ import torch
 
 import seqkern
 from seqkern.bench.limits import Limits
-from seqkern.bench.rows import OURS
+from seqkern.bench.rows import FLOP, OURS
 from seqkern.bench.targets import Target, judge
 from seqkern.ops import _library
 
@@ -48,16 +48,20 @@ class Record:
     group: str
     mode: str
     dtype: str
-    flop: float
+    flop: float  #: of a call
     timings: dict[str, Timing]  #: by subject
     backend: str  #: which of seqkern's ran
     target: Target | None
     run: str  #: when the run began, the same for all of its records
     rounds: int
     threads: int
-    weight_bytes: float | None = None  #: that a call must read, where that is the limit
+    unit: str = FLOP  #: what the speed is told in
+    amount: float | None = None  #: how much of the unit, per second, a call is; None for its GFLOP
+    sizes: dict[str, int] = field(default_factory=dict)  #: what is drawn over
+    bytes_read: float | None = None  #: that a call must read, where that is the limit
+    level: str = "L2"  #: where they lie
     share_of_peak: float | None = None
-    share_of_l2: float | None = None
+    share_of_read: float | None = None  #: of the level's bandwidth
     fma_peak: float | None = None  #: GF/s, the highest that the run saw
     bandwidth: dict[str, float] = field(default_factory=dict)  #: GB/s read from each level, likewise
     machine: dict[str, Any] = field(default_factory=dict)
@@ -74,7 +78,15 @@ class Record:
 
     @property
     def verdict(self) -> str:
-        return judge(self.target, self.ratios, self.share_of_peak)
+        return judge(self.target, self.ratios, self.share_of_peak, self.share_of_read)
+
+    @property
+    def limit(self) -> float | None:
+        """The speed, in the record's unit, that the machine would allow; None where it was not measured."""
+        if self.bytes_read is not None and self.unit != FLOP:
+            read = self.bandwidth.get(self.level)
+            return read and read * 1e9 * self._amount / self.bytes_read
+        return self.fma_peak if self.unit == FLOP and self.dtype == "float32" else None
 
     def held_against(self, found: Limits) -> "Record":
         """The record with a run's limits and its shares of them."""
@@ -82,13 +94,18 @@ class Record:
         return dataclasses.replace(
             self,
             share_of_peak=found.share_of_peak(self.flop, own, self.dtype),
-            share_of_l2=found.share_of_l2(self.weight_bytes, own),
+            share_of_read=found.share_of_read(self.bytes_read, own, self.level),
             fma_peak=found.fma_peak,
             bandwidth=dict(found.bandwidth),
         )
 
-    def gflops(self, subject: str) -> float | None:
-        return self.flop / self.timings[subject].median / 1e9 if subject in self.timings else None
+    @property
+    def _amount(self) -> float:
+        return self.flop / 1e9 if self.amount is None else self.amount
+
+    def speed(self, subject: str) -> float | None:
+        """In the record's unit; None where the subject was not timed."""
+        return self._amount / self.timings[subject].median if subject in self.timings else None
 
 
 def now() -> str:

@@ -1,19 +1,20 @@
-"""The workloads, as data."""
+"""What every workload is: a model of torch's, inputs, how much work it is, what it is to reach."""
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch import nn
 
 from seqkern.bench.targets import Target
-from seqkern.spec import CELLS
 
-OURS = "seqkern"  # among the peers
+OURS = "seqkern"  # among the subjects
+TORCH, COMPILE, ONNX, FLEX = "torch", "compile", "onnxruntime", "flex"  # the peers
 INFERENCE, TRAINING = MODES = ("inference", "training")
-PEERS, OTHER = GROUPS = ("peers", "other")  # the rows whose peers' figures are known, and the rest
+PEERS, OTHER = "peers", "other"  # the rows whose peers' figures are known, and the rest
+FLOP, BYTES, TOKENS = "GF/s", "GB/s", "tokens/s"  # what a row's speed is told in
 TRAINING_FLOP = 3  # forward, gradient of the input and of the weights: a matmul of one size each
 
 
@@ -22,6 +23,7 @@ class Row(ABC):
     """One workload: what every suite's rows have in common."""
 
     suite: ClassVar[str]
+    probed: ClassVar[bool] = True  #: first call and memory are measured, in a process each
 
     name: str
     group: str
@@ -35,16 +37,54 @@ class Row(ABC):
     def forward_flop(self) -> float:
         """Multiplications and additions of one forward."""
 
+    @abstractmethod
+    def rivals(self, mode: str) -> frozenset[str]:
+        """The peers that the row is timed against where they are found, and `PLAIN` where it is held against it."""
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return MODES
+
+    @property
+    def unit(self) -> str:
+        return FLOP
+
+    def ours(self, model: nn.Module) -> nn.Module:
+        """seqkern's counterpart of what `build` made, with the same weights."""
+        from seqkern.swap import accelerate
+
+        return accelerate(copy.deepcopy(model))
+
+    def plain(self) -> "Row":
+        """The row without its option, for `PLAIN`."""
+        raise ValueError(f"{self.name} has no option that could be left out")
+
+    def oracle(self) -> tuple[nn.Module, tuple[Any, ...]]:
+        """The model whose results in float64 are right, and its inputs."""
+        return self.build()
+
     def flop(self, mode: str) -> float:
         return self.forward_flop() * (TRAINING_FLOP if mode == TRAINING else 1)
+
+    def amount(self, mode: str) -> float:
+        """How much of its `unit` (per second) one call is."""
+        return self.flop(mode) / 1e9
 
     def depth(self) -> int:
         """How many ops run one after another on what the last one rounded, for the tolerance."""
         return 1
 
-    def weight_bytes(self, mode: str) -> float | None:
-        """Bytes of weights that one call must read from a cache, where that is the limit; None elsewhere."""
+    def bytes_read(self, mode: str) -> float | None:
+        """Bytes that one call must read from a cache or from memory, where that is the limit; None elsewhere."""
         return None
+
+    def bytes_held(self, mode: str) -> float | None:
+        """How much of it is different: what the cache would have to hold. None for what each core's own does hold."""
+        return None
+
+    def sizes(self) -> dict[str, int]:
+        """What a picture that is drawn over sizes needs."""
+        return {}
 
     def target(self, mode: str) -> Target | None:
         return None
@@ -52,104 +92,3 @@ class Row(ABC):
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
-
-
-@dataclass(frozen=True)
-class RecurrentRow(Row):
-    """A layer or a stack of them on ``[T, B, I]``, dense or packed, or one step of a cell module on ``[B, I]``."""
-
-    suite = "rnn"
-
-    module: str  #: RNN, LSTM, GRU, or the same with Cell
-    B: int
-    T: int
-    I: int
-    H: int
-    layers: int = 1
-    bidirectional: bool = False
-    proj: int = 0
-    packed: bool = False
-
-    @property
-    def is_cell(self) -> bool:
-        return self.module.endswith("Cell")
-
-    @property
-    def gates(self) -> int:
-        kind = self.module.removesuffix("Cell").lower()
-        return CELLS["rnn_tanh" if kind == "rnn" else kind].gates
-
-    def lengths(self) -> Tensor:
-        """Lengths of the packed sequences, even over 1 … T, the longest first."""
-        return torch.linspace(self.T, 1, self.B).round().long()
-
-    def build(self) -> tuple[nn.Module, tuple[Any, ...]]:
-        options = {} if self.is_cell else {"num_layers": self.layers, "bidirectional": self.bidirectional}
-        if self.proj:
-            options["proj_size"] = self.proj
-        with torch.random.fork_rng([]):
-            torch.manual_seed(0)
-            model = getattr(nn, self.module)(self.I, self.H, **options).to(self.torch_dtype)
-            shape = (self.B, self.I) if self.is_cell else (self.T, self.B, self.I)
-            x = torch.randn(shape).to(self.torch_dtype)
-        return model, (pack_padded_sequence(x, self.lengths()) if self.packed else x,)
-
-    def depth(self) -> int:
-        return self.layers
-
-    def forward_flop(self) -> float:
-        rows = int(self.lengths().sum()) if self.packed else self.B * self.T
-        directions, out = 1 + self.bidirectional, self.proj or self.H
-        widths = [self.I, *[directions * out] * (self.layers - 1)]
-        per_row = sum(self.gates * self.H * (width + out) + self.H * self.proj for width in widths)
-        return 2.0 * directions * per_row * rows
-
-    def weight_bytes(self, mode: str) -> float | None:
-        if self.B != 1 or mode != INFERENCE or self.layers > 1 or self.bidirectional:
-            return None
-        out = self.proj or self.H
-        each_step = self.gates * self.H * out + self.H * self.proj
-        return float((self.T * each_step + self.gates * self.H * self.I) * self.torch_dtype.itemsize)
-
-    def target(self, mode: str) -> Target | None:
-        if self.group != PEERS:
-            return None
-        if mode == INFERENCE:
-            return Target(1.25) if self.B == 1 else Target(1.05, or_peak=0.83)
-        if self.module == "LSTM":
-            return Target(1.25, "torch", or_peak=0.80)
-        return Target(6.0 if self.module == "GRU" and self.B == 1 else 2.5, "torch", noted_peak=0.80)
-
-
-def _recurrent() -> tuple[RecurrentRow, ...]:
-    shapes = [  # B, T, I, H
-        (1, 100, 128, 128),
-        (1, 500, 256, 256),
-        (32, 100, 128, 128),
-        (32, 100, 512, 512),
-        (64, 64, 1024, 1024),
-    ]
-    f32, bf16 = "float32", "bfloat16"
-    found = []
-    for module in ("LSTM", "GRU", "RNN"):
-        for B, T, I, H in shapes:
-            found.append(RecurrentRow(f"{module} {B},{T},{I},{H}", PEERS, f32, module, B, T, I, H))
-    both_ways = {"layers": 2, "bidirectional": True, "packed": True}
-    for module in ("LSTM", "GRU"):
-        name = f"packed 2x bi-{module} 32,200,128"
-        found.append(RecurrentRow(name, OTHER, f32, module, 32, 200, 128, 128, **both_ways))
-    for module in ("LSTMCell", "GRUCell"):
-        for B, H in ((1, 128), (1, 512), (16, 512)):
-            found.append(RecurrentRow(f"{module} {B},{H}", OTHER, f32, module, B, 1, H, H))
-    for module in ("LSTM", "GRU", "RNN"):
-        for B in (1, 32):
-            found.append(RecurrentRow(f"{module} {B},1,256,256", OTHER, f32, module, B, 1, 256, 256))
-    for module, B, H in (("LSTM", 32, 512), ("GRU", 32, 512), ("GRU", 1, 128)):
-        found.append(RecurrentRow(f"bf16 {module} {B},100,{H},{H}", OTHER, bf16, module, B, 100, H, H))
-    found.append(
-        RecurrentRow("LSTM 32,100,512,512 proj 128", OTHER, f32, "LSTM", 32, 100, 512, 512, proj=128)
-    )
-    return tuple(found)
-
-
-SUITES: dict[str, tuple[Row, ...]] = {"rnn": _recurrent()}

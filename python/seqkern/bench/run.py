@@ -1,5 +1,6 @@
 """``seqkern bench``: a suite's rows timed, judged, written down, drawn and shown."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from seqkern import report, testing
-from seqkern.bench import limits, measure, plot, record, tables
-from seqkern.bench.peers import PEERS, Ours, Peer
+from seqkern.bench import limits, measure, pictures, record, tables
+from seqkern.bench.peers import PEERS, SUBJECTS, Ours, Peer, Plain
 from seqkern.bench.record import Record, Timing
-from seqkern.bench.rows import MODES, OURS, SUITES, Row
+from seqkern.bench.rows import MODES, OURS, TORCH, TRAINING, Row
+from seqkern.bench.suites import SUITES
 from seqkern.explanation import explain
 
 ROWS = ("peers", "all")
 WIDTH = 100  # columns of what is written to a file
+SHOWN = 40  # rows' names in a message
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Options:
     rows: str = "peers"
     only: str = ""  #: a part of the names of the rows wanted
     mode: str = "both"
-    rounds: int = 11
-    seconds: float = 4.0  #: of timing, for each row and mode
+    rounds: int | None = None  #: the suite's if None
+    seconds: float | None = None  #: of timing, for each row and mode; the suite's if None
     threads: int | None = None
     peers: tuple[str, ...] = tuple(PEERS)
 
@@ -41,28 +44,37 @@ class Options:
             raise ValueError(f"rows is {self.rows!r}, expected one of {', '.join(ROWS)}")
         if self.mode not in (*MODES, "both"):
             raise ValueError(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}, both")
-        if self.rounds < 1:
+        if self.rounds is not None and self.rounds < 1:
             raise ValueError(f"rounds is {self.rounds}, expected at least 1")
-        if not 0 < self.seconds < float("inf"):
+        if self.seconds is not None and not 0 < self.seconds < float("inf"):
             raise ValueError(f"seconds-per-row is {self.seconds:g}, expected more than 0")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads is {self.threads}, expected at least 1")
         for name in self.peers:
             if name not in PEERS:
                 raise ValueError(f"peers names {name!r}, expected some of {', '.join(PEERS)}")
-        if not self.wanted():
-            known = ", ".join(row.name for row in SUITES[self.suite])
+        if not self.work():
+            names = [row.name for row in SUITES[self.suite].rows]
+            more = "" if len(names) <= SHOWN else f" and {len(names) - SHOWN} more"
             raise ValueError(
-                f"filter {self.only!r} fits none of the rows ({self.rows}); the suite has: {known}"
+                f"filter {self.only!r} fits none of the rows ({self.rows}, {self.mode}); the suite has: "
+                f"{', '.join(names[:SHOWN])}{more}"
             )
 
-    def wanted(self) -> list[Row]:
-        rows = (row for row in SUITES[self.suite] if self.rows == "all" or row.group == "peers")
-        return [row for row in rows if self.only.lower() in row.name.lower()]
+    def work(self) -> list[tuple[Row, str]]:
+        """The rows that are wanted, each with a mode."""
+        rows = SUITES[self.suite].wanted(self.rows == "all", self.only)
+        return [(row, mode) for row in rows for mode in row.modes if mode in self.modes]
 
     @property
     def modes(self) -> tuple[str, ...]:
         return MODES if self.mode == "both" else (self.mode,)
+
+    @property
+    def pace(self) -> tuple[int, float]:
+        """Rounds, and seconds of timing, for each row and mode."""
+        suite = SUITES[self.suite]
+        return self.rounds or suite.rounds, self.seconds or suite.seconds
 
 
 def run_row(
@@ -78,8 +90,9 @@ def run_row(
     left_out = []
     subjects = {OURS: ours.prepare(row, mode)}
     ran = {OURS: ours}
-    for peer in peers:
-        if not peer.serves(row, mode):
+    rivals = row.rivals(mode)
+    for peer in (*peers, Plain(ours.threads)):
+        if peer.name not in rivals:
             continue
         try:
             subjects[peer.name] = peer.prepare(row, mode)
@@ -90,11 +103,13 @@ def run_row(
     times = None
     while times is None:
         try:
-            times = measure.interleaved(subjects, rounds=options.rounds, seconds=options.seconds)
+            rounds, seconds = options.pace
+            times = measure.interleaved(subjects, rounds=rounds, seconds=seconds)
         except measure.PeerFailed as e:
             del subjects[e.peer]
-            left_out.append(f"{row.name}, {mode}: {PEERS[e.peer].label} is left out: {e}")
-    found.sample()
+            left_out.append(f"{row.name}, {mode}: {SUBJECTS[e.peer].label} is left out: {e}")
+    level = found.level(row.bytes_held(mode))
+    found.sample(levels={"L2", level} if row.bytes_read(mode) else {"L2"})
     over = measure.ratios(times, OURS)
     timings = {}
     for name, each in times.items():
@@ -102,13 +117,18 @@ def run_row(
         ratio = (r.median, r.p20, r.p80) if r else (None, None, None)
         timings[name] = Timing(t.median, t.p20, t.p80, *ratio, ran[name].first_call, ran[name].peak_bytes)
     model, inputs = row.build()
-    backends = explain(measure.accelerated(model), *inputs).rows
+    with torch.set_grad_enabled(mode == TRAINING):
+        backends = explain(row.ours(model).train(mode == TRAINING), *inputs).rows
     made = Record(
         **{"suite": row.suite, "name": row.name, "group": row.group, "mode": mode, "dtype": row.dtype},
         flop=row.flop(mode),
         timings=timings,
-        backend=", ".join(sorted({each.backend for each in backends})),
-        weight_bytes=row.weight_bytes(mode),
+        backend=", ".join(sorted({each.backend for each in backends})) or TORCH,
+        unit=row.unit,
+        amount=row.amount(mode),
+        sizes=row.sizes(),
+        bytes_read=row.bytes_read(mode),
+        level=level,
         target=row.target(mode),
         rounds=len(times[OURS]),
         threads=torch.get_num_threads(),
@@ -132,7 +152,7 @@ def run(options: Options, output: Path, console: Console) -> tuple[Path, list[st
             console.print(Text(reason, "yellow"))
         else:
             peers.append(PEERS[name](torch.get_num_threads()))
-    work = [(row, mode) for row in options.wanted() for mode in options.modes]
+    work = options.work()
     parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     made: list[Record] = []
     found = limits.Limits()
@@ -149,7 +169,7 @@ def run(options: Options, output: Path, console: Console) -> tuple[Path, list[st
                 else:
                     made.append(each)
                     notes += more
-                    if not console.is_terminal:  # where no bar is seen to move
+                    if not console.is_terminal and row.probed:  # where no bar is seen to move
                         console.print(Text(tables.line(each)))
                 progress.advance(bar)
     finally:  # also after an interrupt: what was measured is kept
@@ -157,9 +177,8 @@ def run(options: Options, output: Path, console: Console) -> tuple[Path, list[st
             peer.close()
         made = [each.held_against(found) for each in made]
         record.append(path, made)
-    for mode in options.modes:
-        if any(each.mode == mode for each in made):
-            console.print(tables.terminal(made, mode))
+    for table in tables.terminal(made):
+        console.print(table)
     if made:
         console.print(Text(tables.machine_line(made)))
     for note in notes:
@@ -167,23 +186,17 @@ def run(options: Options, output: Path, console: Console) -> tuple[Path, list[st
     return path, failed
 
 
-def publish(path: Path, suite: str, page: Path | None = None) -> Path | None:
-    """Draws the picture of a results file beside it and, given a page, renews its tables.
+def publish(path: Path, suite: str, page: Path | None = None) -> list[Path]:
+    """Draws the pictures of a results file beside it and, given a page, renews its tables.
 
-    Returns the picture's path, None where matplotlib is missing.
+    Returns the pictures' paths, none where matplotlib is missing.
     """
     records = record.latest(record.read(path))
-    picture: Path | None = path.with_suffix(".png")
-    try:
-        plot.draw(records, picture, records[0].group if all(r.group != "peers" for r in records) else "peers")
-    except ModuleNotFoundError as e:
-        if (e.name or "").split(".")[0] != "matplotlib":
-            raise
-        picture = None
+    drawn = pictures.draw(records, path)
     if page is not None:
-        shown = path.with_suffix(".png").relative_to(page.parent).as_posix() if picture else None
+        shown = {said: each.relative_to(page.parent).as_posix() for said, each in drawn.items()}
         tables.put(page, f"bench:{suite}", tables.markdown(records, shown))
-    return picture
+    return list(drawn.values())
 
 
 def main(options: Options, output: Path | None = None, console: Console | None = None) -> int:
@@ -197,6 +210,7 @@ def main(options: Options, output: Path | None = None, console: Console | None =
     console = console or Console()
     if not console.is_terminal:
         console.width = max(WIDTH, console.width)
+    start = time.perf_counter()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with testing.without_torchs_warnings():
@@ -205,11 +219,9 @@ def main(options: Options, output: Path | None = None, console: Console | None =
         console.print(Text(f"no figure for a wrong result: {each}", "bold red"))
     if path.exists():
         console.print(Text(f"results: {path}"))
-        picture = publish(path, options.suite)
-        shown = (
-            f"picture: {picture}"
-            if picture
-            else "no picture: matplotlib is missing; pip install 'seqkern[bench]'"
-        )
-        console.print(Text(shown))
+        for picture in publish(path, options.suite):
+            console.print(Text(f"picture: {picture}"))
+        if pictures.missing():
+            console.print(Text(pictures.missing()))
+    console.print(Text(f"{options.suite} took {time.perf_counter() - start:.0f} s"))
     return 1 if failed else 0

@@ -1,26 +1,46 @@
 """Results as tables: for the terminal, and in Markdown between markers of a page."""
 
 import re
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from seqkern import report
-from seqkern.bench.peers import PEERS
-from seqkern.bench.record import Record
-from seqkern.bench.rows import GROUPS, MODES, OURS, TRAINING
-from seqkern.bench.targets import best_ratio
+from seqkern.bench.attention import BF16, DECODE, LENGTHS, OPTION, SLOWEST, SWEEP
+from seqkern.bench.peers import PEERS as PEER_CLASSES
+from seqkern.bench.peers import SUBJECTS
+from seqkern.bench.record import Record, Timing
+from seqkern.bench.rows import FLEX, MODES, ONNX, OTHER, OURS, PEERS, TORCH
+from seqkern.bench.suites import SUITES
+from seqkern.bench.targets import PLAIN, best_ratio
+from seqkern.bench.transformer import GENERATION
 
-HEADINGS = {"peers": "the rows of the peers' published figures", "other": "other shapes, dtypes and cells"}
+HEADINGS = {
+    PEERS: "the rows of the peers' published figures",
+    OTHER: "other shapes, dtypes and cells",
+    OPTION: "options, each against seqkern without it",
+    DECODE: "decoding: one query, B,H,S,D (H/kv where keys have fewer heads)",
+    BF16: "bfloat16",
+    LENGTHS: "the length of the sequence",
+    GENERATION: "greedy decoding",
+}
+SLOW_SHOWN = 10  # of a sweep
+
+
+def by_first(records: Iterable[Record], field: str) -> list[str]:
+    """The values of a field, in the order in which they first come."""
+    return list(dict.fromkeys(getattr(record, field) for record in records))
 
 
 def subjects(records: Iterable[Record]) -> list[str]:
-    """seqkern and the peers that any record timed, in the order of `PEERS`."""
+    """seqkern, the peers that any record timed, in the order of `PEERS`, and the yardstick."""
     seen = {name for record in records for name in record.timings}
-    return [name for name in (OURS, *PEERS) if name in seen]
+    return [name for name in (OURS, *PEER_CLASSES, PLAIN) if name in seen]
 
 
 def label(subject: str) -> str:
-    return PEERS[subject].label if subject in PEERS else subject
+    return SUBJECTS[subject].label
 
 
 def rate(value: float | None) -> str:
@@ -47,31 +67,72 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
-def terminal(records: Sequence[Record], mode: str):
-    """A table of one mode's records, in GF/s."""
-    found = [record for record in records if record.mode == mode]
+def terminal(records: Sequence[Record]) -> Iterator[Any]:
+    """A table for each mode and unit of the records; of a sweep the slowest only."""
+    swept = [record for record in records if record.group == SWEEP]
+    if swept:
+        yield report.table(sweep_line(swept), *_slowest(swept), range(1, 5), tight=True)
+    for mode in MODES:
+        of_mode = [record for record in records if record.mode == mode and record.group != SWEEP]
+        for unit in by_first(of_mode, "unit"):
+            yield _table([record for record in of_mode if record.unit == unit], mode, unit)
+
+
+def _table(found: Sequence[Record], mode: str, unit: str) -> Any:
     names = subjects(found)
-    short = {"onnxruntime": "ORT"}
-    columns = ["row", *(short.get(name, name) for name in names), "best", "peak", "L2", "target"]
+    short = {ONNX: "ORT", FLEX: "flex", PLAIN: "plain"}
+    columns = ["row", *(short.get(name, name) for name in names), "best", "peak", "read", "target"]
     rows = [
         (
             record.name,
-            *(rate(record.gflops(name)) for name in names),
+            *(rate(record.speed(name)) for name in names),
             times(best_ratio(record.ratios)),
             share(record.share_of_peak),
-            share(record.share_of_l2),
+            share(record.share_of_read),
             record.verdict,
         )
         for record in found
     ]
-    title = f"{mode}: GF/s; times over the best peer; shares of FMA peak and of L2"
+    title = f"{mode}: {unit}; times over the best peer; shares of FMA peak and of the bandwidth read"
     return report.table(title, columns, rows, range(1, len(columns) - 1), tight=True)
 
 
 def line(record: Record) -> str:
     """A record in short, for a log."""
-    speeds = ", ".join(f"{label(name)} {rate(record.gflops(name))}" for name in subjects([record]))
-    return f"{record.name}, {record.mode}: GF/s {speeds}; best {times(best_ratio(record.ratios))}"
+    speeds = ", ".join(f"{label(name)} {rate(record.speed(name))}" for name in subjects([record]))
+    return f"{record.name}, {record.mode}: {record.unit} {speeds}; best {times(best_ratio(record.ratios))}"
+
+
+def _ratio(record: Record) -> float:
+    """Over torch, for a sweep."""
+    return record.ratios.get(TORCH, float("inf"))
+
+
+def sweep_line(records: Sequence[Record]) -> str:
+    """A sweep in a sentence."""
+    ratios = [_ratio(record) for record in records]
+    slow = sum(record.verdict == "missed" for record in records)
+    return (
+        f"{len(records)} calls of scaled_dot_product_attention: torch's time over seqkern's is "
+        f"{times(min(ratios))} to {times(max(ratios))}, {times(statistics.median(ratios))} in the median; "
+        f"{slow} are below {SLOWEST:g}x"
+    )
+
+
+def _slowest(records: Sequence[Record]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Columns and rows of the calls that gain least."""
+    columns = [SUITES[records[0].suite].sizes, "seqkern", "torch", "ratio (p20 to p80)", "backend"]
+    rows = []
+    for record in sorted(records, key=_ratio)[:SLOW_SHOWN]:
+        spans = [seconds(record.timings[n].median) if n in record.timings else "-" for n in (OURS, TORCH)]
+        rows.append((record.name, *spans, _span(record.timings.get(TORCH)), record.backend))
+    return columns, rows
+
+
+def _span(timing: Timing | None) -> str:
+    if timing is None or timing.ratio is None:
+        return "-"
+    return f"{times(timing.ratio)} ({times(timing.ratio_p20)} to {times(timing.ratio_p80)})"
 
 
 def machine_line(records: Sequence[Record]) -> str:
@@ -106,14 +167,17 @@ def _megabytes(value: int | None) -> str:
     return "-" if value is None else rate(value / 1e6)
 
 
-def _section(records: list[Record], mode: str, group: str) -> list[str]:
-    names = subjects(records)
+def _section(records: list[Record], group: str) -> list[str]:
+    """A table; columns that no record fills are left out."""
+    mode, unit = records[0].mode, records[0].unit
+    names = [name for name in subjects(records) if name != PLAIN]
     columns = [
-        "B,T,I,H",
+        SUITES[records[0].suite].sizes,
         *(label(name) for name in names),
         "over the best peer (p20 to p80)",
+        "over its own plain time",
         "of FMA peak",
-        *([] if mode == TRAINING else ["of L2"]),
+        "of the bandwidth",
         "time of a call",
         "first call, seqkern / torch",
         "MB, seqkern / torch",
@@ -121,35 +185,42 @@ def _section(records: list[Record], mode: str, group: str) -> list[str]:
     ]
     rows = []
     for record in records:
-        peers = {name: each for name, each in record.timings.items() if each.ratio is not None}
-        best = min(peers.values(), key=lambda each: each.ratio or 0.0, default=None)
-        span = f"{times(best.ratio)} ({times(best.ratio_p20)} to {times(best.ratio_p80)})" if best else "-"
+        peers = [each for name, each in record.timings.items() if each.ratio is not None and name != PLAIN]
+        plain = record.ratios.get(PLAIN)
+        read = share(record.share_of_read)
         rows.append(
             (
                 record.name,
-                *(rate(record.gflops(name)) for name in names),
-                span,
+                *(rate(record.speed(name)) for name in names),
+                _span(min(peers, key=lambda each: each.ratio or 0.0, default=None)),
+                times(plain and 1 / plain),
                 share(record.share_of_peak),
-                *([] if mode == TRAINING else [share(record.share_of_l2)]),
+                read if record.share_of_read is None else f"{read} of {record.level}",
                 seconds(record.timings[OURS].median),
                 _pair(record, "first_call", seconds),
                 _pair(record, "peak_bytes", _megabytes),
                 f"{record.target}: {record.verdict}" if record.target else "-",
             )
         )
-    return [f"{mode.capitalize()}, GF/s, {HEADINGS[group]}:", "", *_markdown(columns, rows), ""]
+    used = [i for i in range(len(columns)) if any(row[i] not in ("-", "- / -") for row in rows)]
+    told = [[row[i] for i in used] for row in rows]
+    heading = f"{mode.capitalize()}, {unit}, {HEADINGS.get(group, group)}:"
+    return [heading, "", *_markdown([columns[i] for i in used], told), ""]
 
 
-def markdown(records: Sequence[Record], picture: str | None = None) -> str:
-    """All of a suite's records as Markdown: the machine, a table for each mode and group, the picture."""
+def markdown(records: Sequence[Record], pictures: Mapping[str, str] | None = None) -> str:
+    """All of a suite's records as Markdown: the machine, the pictures (by what they show), the tables."""
     lines = [machine_line(records), ""]
-    if picture:
-        lines += [f"![GF/s of seqkern and its peers, with the machine's FMA peak]({picture})", ""]
-    for group in GROUPS:
+    for said, path in (pictures or {}).items():
+        lines += [f"![{said}]({path})", ""]
+    swept = [record for record in records if record.group == SWEEP]
+    if swept:
+        lines += [f"{sweep_line(swept)}. Those that gain least:", "", *_markdown(*_slowest(swept)), ""]
+    for group in by_first(records, "group"):
         for mode in MODES:
-            found = [record for record in records if (record.mode, record.group) == (mode, group)]
-            if found:
-                lines += _section(found, mode, group)
+            of_mode = [record for record in records if (record.mode, record.group) == (mode, group)]
+            for unit in by_first(of_mode, "unit") if group != SWEEP else ():
+                lines += _section([record for record in of_mode if record.unit == unit], group)
     return "\n".join(lines).rstrip()
 
 

@@ -1,5 +1,6 @@
 """torch's recurrent layers as ONNX models of one node."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ def _reordered(weight: torch.Tensor, kind: str) -> np.ndarray:
     return torch.cat([blocks[i] for i in ORDER[kind]]).numpy()
 
 
-def model(layer: nn.RNNBase) -> bytes:
+def model(layer: nn.RNNBase, inputs: tuple[torch.Tensor, ...]) -> bytes:
     """The layer as a serialised model: input ``x`` [T, B, I], outputs ``y`` [T, D, B, H], ``h``, and ``c`` of an LSTM.
 
-    The layer is one torch.nn.{RNN, LSTM, GRU} of one layer, float32, without projection and with biases.
+    It takes any T and B. The layer is one torch.nn.{RNN, LSTM, GRU} of one layer, float32, with biases and without
+    projection.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -52,3 +54,14 @@ def model(layer: nn.RNNBase) -> bytes:
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     return made.SerializeToString()
+
+
+def feeds(layer: nn.RNNBase, inputs: tuple[torch.Tensor, ...]) -> dict[str, np.ndarray]:
+    return {"x": inputs[0].numpy()}
+
+
+def outputs(found: Sequence[Any], layer: nn.RNNBase) -> list[torch.Tensor]:
+    """What a session returned, in torch's layout: output, then the final states."""
+    y, *states = map(torch.from_numpy, found)
+    steps, _, batch, _ = y.shape
+    return [y.transpose(1, 2).reshape(steps, batch, -1), *states]
