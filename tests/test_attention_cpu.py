@@ -325,5 +325,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 def test_memory_grows_with_the_length_alone():
     """Forward and backward at L = 16384: the weights of one head would take 1024 MB."""
-    done = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", LONG], capture_output=True, text=True, check=True, timeout=300
+    )
     assert float(done.stdout) < 64
