@@ -1,10 +1,18 @@
 """Every way of running the recurrent functions on this machine, as one fixture."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import seqkern
 from seqkern.ops import _backend, _library
+
+# `python -m pytest` puts the root on the path, where transformers would take the folder of Triton kernels for the
+# published package of that name.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [each for each in sys.path if Path(each).resolve() != ROOT]
 
 NATIVE = _library.native()
 CPU = [f"cpu-{isa}" for isa in NATIVE.isas()] if NATIVE else []

@@ -24,7 +24,7 @@ FLOORS = {
     1: {"ops"},
     2: {"functional"},
     3: {"nn"},
-    4: {"swap", "testing", "report", "charmodel"},
+    4: {"swap", "dispatcher", "testing", "report", "charmodel"},
     5: {"integrations", "explanation", "tune", "distributed", "testing_attention"},
     6: {"verification", "bench"},
     7: {"demo"},

@@ -7,6 +7,7 @@
 
 #include "attention_call.h"
 #include "kernels.h"
+#include "linear_call.h"
 
 namespace seqkern {
 
@@ -23,6 +24,7 @@ void forward(const ForwardCall& call);
 void backward(const BackwardCall& call);
 void attention_forward(const AttentionForward& call);
 void attention_backward(const AttentionBackward& call);
+void linear(const LinearCall& call);
 
 double fma_peak(double seconds);                             // GFLOP/s, all threads, float32
 double read_bandwidth(unsigned long bytes, double seconds);  // GB/s, all threads, each its own share

@@ -14,6 +14,7 @@ from seqkern._version import __version__
 
 if TYPE_CHECKING:
     from seqkern import functional, nn
+    from seqkern.dispatcher import disable, enable
     from seqkern.explanation import explain
     from seqkern.ops._backend import backend
     from seqkern.swap import accelerate, restore, swaps
@@ -23,6 +24,8 @@ _HOMES = {
     "accelerate": "seqkern.swap",
     "restore": "seqkern.swap",
     "swaps": "seqkern.swap",
+    "enable": "seqkern.dispatcher",
+    "disable": "seqkern.dispatcher",
     "explain": "seqkern.explanation",
     "verify": "seqkern.verification",
     "VerificationError": "seqkern.verification",
@@ -36,6 +39,8 @@ __all__ = [
     "__version__",
     "accelerate",
     "backend",
+    "disable",
+    "enable",
     "explain",
     "functional",
     "nn",

@@ -1,4 +1,4 @@
-"""Which backend runs each recurrent module or function on given inputs, and why the earlier ones declined."""
+"""Which backend runs each module or function that seqkern knows on given inputs, and why the earlier ones declined."""
 
 import copy
 from collections.abc import Callable
@@ -91,39 +91,42 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
 def _explain_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanation:
     left_alone = {row.name: row for row in swaps(model) if row.after is None}
     kinds = {row.name: row.after or row.before for row in swaps(model)}
-    inside: list[str] = []  # names of the recurrent modules whose forward is running
+    inside: list[str] = []  # names of the known modules whose forward is running
     calls = dict.fromkeys(left_alone, 0)
     found: list[tuple[str, str, _backend.Choice]] = []
-
-    def enter(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, _: Any) -> None:
-            inside.append(name)
-            if name in calls:
-                calls[name] += 1
-
-        return hook
-
-    def leave(module: nn.Module, *_: Any) -> None:
-        inside.pop()
+    counted = 0
 
     with _backend.watch() as seen:
-        counted = 0
 
-        def collect(module: nn.Module, *_: Any) -> None:
+        def collect() -> None:
             nonlocal counted
             for call, choice in seen[counted:]:
                 name = inside[-1] if inside else ""
                 found.append((name, kinds.get(name, call.op), choice))
             counted = len(seen)
 
+        def follow(name: str, module: nn.Module) -> None:
+            forward = module.forward
+
+            def followed(*args: Any, **kwargs: Any) -> Any:
+                collect()
+                inside.append(name)
+                if name in calls:
+                    calls[name] += 1
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    collect()
+                    inside.pop()
+
+            # Not by hooks: a torch layer that sees one leaves its native path.
+            module.forward = followed
+
         for name, module in model.named_modules():
             if name in kinds and not isinstance(module, torch.jit.ScriptModule):
-                module.register_forward_pre_hook(collect)
-                module.register_forward_pre_hook(enter(name))
-                module.register_forward_hook(collect, always_call=True)
-                module.register_forward_hook(leave, always_call=True)
+                follow(name, module)
         model(*args, **kwargs)
-        collect(model)
+        collect()
     ran = {name for name, _, _ in found}
     for name, row in left_alone.items():
         if name not in ran and (calls[name] or "scripted" in row.reason):

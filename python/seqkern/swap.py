@@ -1,4 +1,4 @@
-"""Moves the recurrent modules of a torch model onto seqkern's kernels, in place, and back.
+"""Moves the sequence modules of a torch model onto seqkern's kernels, in place, and back.
 
 A swap changes a module's class and nothing else: parameters, buffers, hooks, the training flag, optimizers
 that hold the parameters and the ``state_dict`` stay the very objects they were.
@@ -11,7 +11,22 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+NAMES = (
+    "RNN",
+    "LSTM",
+    "GRU",
+    "RNNCell",
+    "LSTMCell",
+    "GRUCell",
+    "MultiheadAttention",
+    "TransformerEncoderLayer",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerDecoder",
+    "Transformer",
+)
+# What a module is an instance of if it is one of these or a subclass; seqkern's recurrent layers are no nn.LSTM.
+BASES = (nn.RNNBase, nn.RNNCellBase, *(getattr(nn, name) for name in NAMES[6:]))
 # In the module's __dict__: it travels with a deep copy or a pickle, not with the state_dict.
 MARK = "_seqkern_swapped"
 
@@ -19,7 +34,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Swap(NamedTuple):
-    """One recurrent module of a model, as `swaps` lists it."""
+    """One module of a model that has a twin in seqkern.nn, or a subclass of one, as `swaps` lists it."""
 
     name: str  #: qualified name in the model, "" for the model itself
     before: str  #: the class it had or has, such as ``torch.nn.LSTM``
@@ -33,8 +48,12 @@ def _pairs() -> dict[type[nn.Module], type[nn.Module]]:
     return {getattr(nn, name): getattr(ours, name) for name in NAMES}
 
 
-def _title(module: nn.Module | type[nn.Module]) -> str:
-    cls = module if isinstance(module, type) else type(module)
+def _class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; of a parametrized one that which it had before, and from which its own derives."""
+    return parametrize.type_before_parametrizations(module)
+
+
+def _title(cls: type[nn.Module]) -> str:
     room = cls.__module__
     for package in ("torch.nn", "seqkern.nn"):
         if room.startswith(f"{package}.") and cls.__name__ in NAMES:
@@ -42,8 +61,8 @@ def _title(module: nn.Module | type[nn.Module]) -> str:
     return f"{room}.{cls.__qualname__}"
 
 
-def _is_recurrent(module: nn.Module) -> bool:
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+def _is_known(module: nn.Module) -> bool:
+    if isinstance(module, BASES):
         return True
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", "") in NAMES
@@ -51,11 +70,11 @@ def _is_recurrent(module: nn.Module) -> bool:
 
 
 def _objection(module: nn.Module, pairs: dict[type[nn.Module], type[nn.Module]]) -> str:
-    """Why a recurrent module cannot be swapped; empty if it can."""
+    """Why a module cannot be swapped; empty if it can."""
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted or traced: its code is frozen; accelerate the module it was made from"
     if type(module).__module__.startswith("torch.ao."):
-        return "quantized: it runs torch's int8 kernels"
+        return "quantized or made for it: it runs modules of torch.ao"
     if parametrize.is_parametrized(module):
         return (
             "parametrized (torch.nn.utils.parametrize): its class computes the weights; "
@@ -75,8 +94,8 @@ def _overrides_forward(cls: type[nn.Module]) -> bool:
     return not cls.forward.__module__.startswith("torch.nn.")
 
 
-def _recurrent(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if _is_recurrent(module))
+def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if _is_known(module))
 
 
 def _check(model: object, verb: str) -> None:
@@ -88,7 +107,7 @@ def _check(model: object, verb: str) -> None:
         )
     raise TypeError(
         f"{verb} takes a torch.nn.Module, got {type(model).__name__}: pass the module that holds the "
-        "recurrent layers, or call seqkern.functional where there is none"
+        "layers, or call seqkern.functional where there is none"
     )
 
 
@@ -114,8 +133,10 @@ def _become(module: nn.Module, cls: type[nn.Module], mark: bool) -> None:
 
 
 def accelerate(model: M) -> M:
-    """Swaps each ``torch.nn.{RNN,LSTM,GRU,RNNCell,LSTMCell,GRUCell}`` of the model for seqkern's, in place.
+    """Swaps each module of the model whose class has a twin in `seqkern.nn` for it, in place.
 
+    These are ``torch.nn.{RNN,LSTM,GRU,RNNCell,LSTMCell,GRUCell,MultiheadAttention,TransformerEncoderLayer,
+    TransformerDecoderLayer,TransformerEncoder,TransformerDecoder,Transformer}``.
     Modules that cannot be swapped without changing what they compute (parametrized, scripted or traced,
     quantized, subclassed, with a patched forward) stay as they are; `swaps` says which and why. A module used
     in several places is swapped once; a second call changes nothing; after an error nothing has changed.
@@ -138,7 +159,7 @@ def accelerate(model: M) -> M:
     """
     _check(model, "accelerate")
     pairs = _pairs()
-    found = [module for _, module in _recurrent(model) if not _objection(module, pairs)]
+    found = [module for _, module in _known(model) if not _objection(module, pairs)]
     _assign([(module, pairs[type(module)], True) for module in found])
     return model
 
@@ -157,13 +178,30 @@ def restore(model: M) -> M:
     """
     _check(model, "restore")
     back = {ours: theirs for theirs, ours in _pairs().items()}
-    found = [module for _, module in _recurrent(model) if MARK in vars(module) and type(module) in back]
-    _assign([(module, back[type(module)], False) for module in found])
+    found = [module for _, module in _known(model) if _is_swapped(module, back)]
+    _assign([(module, _undone(module, back), False) for module in found])
     return model
 
 
+def _is_swapped(module: nn.Module, back: dict[type[nn.Module], type[nn.Module]]) -> bool:
+    return MARK in vars(module) and _class(module) in back
+
+
+def _undone(module: nn.Module, back: dict[type[nn.Module], type[nn.Module]]) -> type[nn.Module]:
+    """torch's class for a module of ours; if it was parametrized since, its class once more with torch's as base."""
+    cls, theirs = type(module), back[_class(module)]
+    if cls in back:
+        return theirs
+    body = {
+        key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__", "__doc__")
+    }
+    return type(f"Parametrized{theirs.__name__}", (theirs,), body)
+
+
 def swaps(model: nn.Module) -> list[Swap]:
-    """Lists the model's recurrent modules: what was swapped for what, and what was left alone and why.
+    """Lists the model's modules that `accelerate` knows: what was swapped for what, what was left alone and why.
+
+    A module that was parametrized after the swap still runs on seqkern, and is listed so.
 
     >>> import torch, seqkern
     >>> model = torch.nn.Sequential(torch.nn.RNN(4, 8), seqkern.nn.GRU(8, 8))
@@ -176,10 +214,10 @@ def swaps(model: nn.Module) -> list[Swap]:
     pairs = _pairs()
     back = {ours: theirs for theirs, ours in pairs.items()}
     rows = []
-    for name, module in _recurrent(model):
-        if MARK in vars(module) and type(module) in back:
-            rows.append(Swap(name, _title(back[type(module)]), _title(module), ""))
+    for name, module in _known(model):
+        if _is_swapped(module, back):
+            rows.append(Swap(name, _title(back[_class(module)]), _title(_class(module)), ""))
         else:
             reason = _objection(module, pairs) or "not accelerated yet: call seqkern.accelerate(model)"
-            rows.append(Swap(name, _title(module), None, reason))
+            rows.append(Swap(name, _title(type(module)), None, reason))
     return rows

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkern.ops import _backend
+from seqkern.ops import _backend, _torchs_own
 from seqkern.ops import attention as _declares_the_ops  # noqa: F401
 from seqkern.ops._attention_backends import PLAIN, Wanted, too_small
 from seqkern.ops._checks_attention import (
@@ -79,8 +79,15 @@ def _torch(t: Tensors, o: Options) -> Tensor:
     left, right = o.window_left, o.window_right
     plain = t.mask is None and t.bias is None and t.alibi_slopes is None and left < 0
     if plain and (right < 0 or (right == 0 and offset == 0)):
-        return F.scaled_dot_product_attention(
-            q, k, v, dropout_p=o.dropout_p, is_causal=right == 0, scale=o.scale, enable_gqa=gqa
+        return _torchs_own.call(
+            F.scaled_dot_product_attention,
+            q,
+            k,
+            v,
+            dropout_p=o.dropout_p,
+            is_causal=right == 0,
+            scale=o.scale,
+            enable_gqa=gqa,
         )
     distance = torch.arange(S, device=q.device) - torch.arange(L, device=q.device)[:, None] - offset
     mask, bias = t.mask, t.bias
@@ -103,8 +110,15 @@ def _torch(t: Tensors, o: Options) -> Tensor:
     if bias is not None:
         bias = bias.to(q.dtype)
         mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=o.dropout_p, scale=o.scale, enable_gqa=gqa
+    return _torchs_own.call(
+        F.scaled_dot_product_attention,
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=o.dropout_p,
+        scale=o.scale,
+        enable_gqa=gqa,
     )
 
 
@@ -312,8 +326,9 @@ def scaled_dot_product_attention(
     """
 
     def by_torch() -> Tensor:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        arguments = (query, key, value, attn_mask, dropout_p, is_causal)
+        return _torchs_own.call(
+            F.scaled_dot_product_attention, *arguments, scale=scale, enable_gqa=enable_gqa
         )
 
     if _passes(query, key, value, attn_mask, is_causal):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seqkern import spec
-from seqkern.ops import _backend
+from seqkern.ops import _backend, _torchs_own
 from seqkern.ops import rnn as _declares_the_ops  # noqa: F401
 from seqkern.ops._checks import check_cell, check_layers, check_state_pair, check_uniform
 
@@ -63,7 +63,7 @@ def _cell(
         output, _, c_n, _ = _call_op((input, None, hx, cx, w_ih, w_hh, b_ih, b_hh, None, *_NO_BACKWARD), cell)
     elif name == "torch":
         kernel = getattr(torch._VF, f"{cell}_cell")  # type: ignore[attr-defined]
-        found = kernel(input, hx if cx is None else (hx, cx), w_ih, w_hh, b_ih, b_hh)
+        found = _torchs_own.call(kernel, input, hx if cx is None else (hx, cx), w_ih, w_hh, b_ih, b_hh)
         output, c_n = (found, None) if cx is None else found
     else:
         output, *c = spec.step(cell, input, (hx,) if cx is None else (hx, cx), (w_ih, w_hh, b_ih, b_hh, None))
@@ -224,9 +224,9 @@ def _torch_layers(cell, input, batch_sizes, hx, cx, weights, num_layers, dropout
     options = (list(weights), per_direction >= 4, num_layers, dropout, training, bidirectional)
     kernel = getattr(torch._VF, cell)  # type: ignore[attr-defined]
     if batch_sizes is None:
-        found = kernel(input, state, *options, False)
+        found = _torchs_own.call(kernel, input, state, *options, False)
     else:
-        found = kernel(input, batch_sizes, state, *options)
+        found = _torchs_own.call(kernel, input, batch_sizes, state, *options)
     return found if cx is not None else (*found, None)
 
 

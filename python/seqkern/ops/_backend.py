@@ -29,8 +29,13 @@ ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch
 CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 VARIABLE = "SEQKERN_BACKEND"
 CELL_WORTH_A_GRADIENT = 4_000_000  # weights, states and input of one step
+FEW_ROWS = 16  # of a linear layer, for which weights are read as they lie
+FEW_ROWS_OF_16_BITS = 4
+WEIGHTS_WORTH_IT = 250_000  # of such a layer
 STEPS_BELOW_A_GRADIENT = {"gru": 1, "rnn_tanh": 4, "rnn_relu": 4}
-BF16_DOT = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+BF16_DOT = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # our kernels and torch's use it
+BF16_STEPS_BELOW_A_GRADIENT = STEPS_BELOW_A_GRADIENT | {"gru": 3}  # where BF16_DOT makes torch's steps short
+BF16_TILES = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # AMX: torch's kernels alone use it
 PLAIN = frozenset((Tensor, Parameter))
 
 TRITON_OPS = frozenset(
@@ -255,6 +260,8 @@ def torch_outruns(op: str, tensors: Sequence[Tensor | None]) -> str | None:
 
     Fixed rules from measurements that docs/decisions.md tells of; never of the load or the number of threads.
     """
+    if op == "linear":
+        return _linear_outruns(tensors)
     if torch.compiler.is_compiling():  # which pays nothing for an op's gradient
         return None
     input, hx, cx = tensors[:3]
@@ -268,12 +275,27 @@ def torch_outruns(op: str, tensors: Sequence[Tensor | None]) -> str | None:
     if input.dim() == 2:  # packed
         return None
     steps, batch, _ = input.shape
-    if grad and steps <= STEPS_BELOW_A_GRADIENT.get(op, 0):
+    dots = input.dtype is torch.bfloat16 and BF16_DOT
+    if grad and steps <= (BF16_STEPS_BELOW_A_GRADIENT if dots else STEPS_BELOW_A_GRADIENT).get(op, 0):
         return "a gradient of so few steps"
-    if input.dtype is not torch.bfloat16 or not BF16_DOT or (cx is not None and cx.shape[-1] != hx.shape[-1]):
+    projected = cx is not None and cx.shape[-1] != hx.shape[-1]
+    if input.dtype is not torch.bfloat16 or not BF16_TILES or projected:
         return None
     slower = (batch >= 8 or not grad) if op == "lstm" else (batch >= 32 and hx.shape[-1] >= 512)
-    return "bfloat16 on a machine that multiplies it itself" if slower else None
+    return "bfloat16 on a machine that multiplies it in tiles (AMX)" if slower else None
+
+
+def _linear_outruns(tensors: Sequence[Tensor | None]) -> str | None:
+    input, weight = tensors[:2]
+    assert input is not None and weight is not None
+    if torch.compiler.is_compiling():
+        return "a linear layer that a compiler fuses"
+    if weight.numel() < WEIGHTS_WORTH_IT:
+        return "a linear layer of few weights"
+    few = FEW_ROWS if weight.itemsize > 2 else FEW_ROWS_OF_16_BITS
+    if input.numel() > few * weight.shape[1]:
+        return "a linear layer of many rows"
+    return "a linear layer with a gradient" if needs_grad(tensors) else None
 
 
 def _cpu_avoids(call: Call) -> str | None:
@@ -312,10 +334,16 @@ def forced() -> str | None:
 
 
 def choose(call: Call, name: str | None = None) -> Choice:
-    """The backend for a call; ``name`` forces one for this call, before `backend` and SEQKERN_BACKEND.
+    """The backend for a call, which `watch` sees; ``name`` forces one for this call, before `backend` and
+    SEQKERN_BACKEND.
 
     Raises ValueError for an unknown name and RuntimeError if the forced backend declines.
     """
+    return note(call, pick(call, name))
+
+
+def pick(call: Call, name: str | None = None) -> Choice:
+    """What `choose` returns, unseen by `watch`."""
     if name is not None:
         named = _known(name, "backend")
     else:
@@ -326,19 +354,20 @@ def choose(call: Call, name: str | None = None) -> Choice:
                 f"backend {named!r} was forced for {call.op} but cannot serve it: {reason}; "
                 f"leave the choice open or force another of {', '.join(BACKENDS)}"
             )
-        return _seen(call, Choice(named))
+        return Choice(named)
     input = call.tensors[0]
     assert input is not None
     declined, avoids = [], {"cpu": _cpu_avoids, "torch": _torch_avoids, "triton": _triton_avoids}
     for each in ORDER.get(input.device.type, ("torch", "reference")):
         reason = declines(each, call) or (avoids[each](call) if each in avoids else None)
         if reason is None:
-            return _seen(call, Choice(each, tuple(declined)))
+            return Choice(each, tuple(declined))
         declined.append((each, reason))
     raise AssertionError("the reference serves every call")
 
 
-def _seen(call: Call, choice: Choice) -> Choice:
+def note(call: Call, choice: Choice) -> Choice:
+    """Shows a choice to `watch`."""
     if not torch.compiler.is_compiling() and (seen := _watching.get()) is not None:
         seen.append((call, choice))
     return choice

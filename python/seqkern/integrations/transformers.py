@@ -1,0 +1,152 @@
+"""``attn_implementation="seqkern"`` for the models of Hugging Face transformers.
+
+>>> from seqkern.integrations import transformers
+>>> transformers.register()  # doctest: +SKIP
+>>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="seqkern")  # doctest: +SKIP
+
+Every model that takes its attention from transformers' ``AttentionInterface`` can have it: BERT, GPT-2, Llama, Mistral,
+Gemma, GPT-OSS, T5, ViT, Whisper and most others. A model that computes its attention in code of its own (BLOOM, Falcon,
+MPT, GPT-Neo, ...) would ignore the name: the mask function raises there.
+"""
+
+import inspect
+
+import torch
+from torch import Tensor
+
+from seqkern import functional
+from seqkern.integrations._transformers_masks import BandMask, make_mask
+
+NAME = "seqkern"
+# What sparse attention is told by, and sinks of each token: ignored, they would be wrong numbers.
+_NOT_SERVED = ("indices", "block_indices", "sinks")
+
+
+def register() -> None:
+    """Makes the attention and the mask function known to transformers as "seqkern". A second call changes nothing.
+
+    Raises:
+        ImportError: transformers is not installed, or its mask functions are told another way (before 5.23).
+
+    >>> register()  # doctest: +SKIP
+    >>> from transformers import BertConfig, BertModel  # doctest: +SKIP
+    >>> model = BertModel._from_config(BertConfig(), attn_implementation="seqkern")  # doctest: +SKIP
+    """
+    try:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    except ImportError as e:
+        raise ImportError(
+            f"seqkern.integrations.transformers needs Hugging Face transformers ({e}); pip install 'transformers>=5.23'"
+        ) from e
+    if "q_offset" not in inspect.signature(sdpa_mask).parameters:
+        raise ImportError(
+            "this transformers tells its mask functions no q_offset, which seqkern's needs; "
+            "pip install 'transformers>=5.23'"
+        )
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, make_mask)
+
+
+def _narrow(mask: Tensor) -> Tensor:
+    """What a mask says, without the copies that an expansion made of it."""
+    for at in range(mask.dim() - 1):
+        if mask.shape[at] > 1 and mask.stride(at) == 0:
+            mask = mask.narrow(at, 0, 1)
+    return mask
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    *,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    r"""transformers' interface of attention functions, by `seqkern.functional.attention`.
+
+    .. math:: o = \mathrm{softmax}(\mathrm{cap}(\mathrm{scaling}\; q k^\top) + b + m)\, v
+
+    Args:
+        query: [B, Hq, L, D]. key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], heads not repeated.
+        attention_mask: bool (True = attend) or added to the scores, broadcast to [B, Hq, L, S]. Where it is given it
+            says all: ``is_causal`` and ``sliding_window`` count without one alone, from the last key.
+        is_causal: ``module.is_causal`` if None.
+        softcap: of the scores. s_aux: sinks, [Hq]. position_bias: added to the scores, [1 or B, Hq, L, S].
+        output_attentions: whether the weights [B, Hq, L, S] are returned.
+
+    Returns:
+        ([B, L, Hq, Dv], weights or None).
+
+    Raises:
+        ValueError: sparse attention (``indices``, ``block_indices``) or sinks of each token (``sinks``).
+
+    Source: the interface is documented in transformers' guide on attention functions.
+
+    >>> q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+    >>> output, _ = attention(torch.nn.Identity(), q, k, k, None)
+    >>> output.shape
+    torch.Size([1, 3, 4, 8])
+    """
+    for name in _NOT_SERVED:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"seqkern's attention was given {name!r} by {type(module).__name__}, which it does not serve; "
+                "load the model with attn_implementation='eager'"
+            )
+    B, L, S = max(query.shape[0], key.shape[0]), query.shape[2], key.shape[2]
+    query, key, value = (
+        x if x.shape[0] == B else x.expand(B, *x.shape[1:]) for x in (query, key, value)
+    )  # learned queries have a batch of one
+    mask, bias, causal, window = None, position_bias, False, None
+    keys = S
+    if (
+        isinstance(attention_mask, BandMask)
+        and attention_mask.written is None
+        and attention_mask.shape[3] == S
+    ):
+        keys, (left, right) = attention_mask.keys, attention_mask.band
+        window = None if left is None and right is None else (left, right)
+        if attention_mask.padding is not None:
+            mask = attention_mask.padding[:, None, None]
+    elif attention_mask is not None:
+        given = attention_mask.write() if isinstance(attention_mask, BandMask) else attention_mask
+        if given.dtype == torch.bool:
+            mask = _narrow(given)
+        else:
+            bias = _narrow(given) if bias is None else bias + given
+    elif L > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        causal = "bottom-right"
+        window = None if sliding_window is None else (sliding_window - 1, None)
+    if keys != S:
+        key, value = key[:, :, :keys], value[:, :, :keys]
+        bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., :keys]
+    found = functional.attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        window=window,
+        softcap=softcap or 0.0,
+        sinks=s_aux,
+        dropout_p=dropout,
+        scale=scaling,
+        return_weights="heads" if output_attentions else False,
+    )
+    output, weights = found if isinstance(found, tuple) else (found, None)
+    assert isinstance(output, Tensor)
+    if weights is not None and keys != S:
+        weights = torch.nn.functional.pad(weights, (0, S - keys))
+    return output.transpose(1, 2).contiguous(), weights
