@@ -166,6 +166,8 @@ def rows() -> tuple[AttentionRow, ...]:
     for option in ("mask", "bias", "dropout", "softcap", "alibi", "weights"):
         found.append(row(OPTION, (4, 8, 512, 64), option=option, flex=option in ("softcap", "alibi")))
     found.append(row(OPTION, (2, 8, 2048, 64), option="window", causal=True, flex=True))
+    for shape in ((1, 8, 512, 64), (2, 8, 2048, 64)):
+        found += [row(BF16, shape, dtype="bfloat16", causal=causal) for causal in (False, True)]
     for B, H, kv, S, D in (
         (1, 8, 8, 2048, 64),
         (16, 8, 8, 1024, 64),
@@ -175,8 +177,6 @@ def rows() -> tuple[AttentionRow, ...]:
     ):
         name = f"decode {B},{H if kv == H else f'{H}/{kv}'},{S},{D}"
         found.append(AttentionRow(name, DECODE, "float32", B, H, 1, D, S=S, kv=kv))
-    for shape in ((1, 8, 512, 64), (2, 8, 2048, 64)):
-        found += [row(BF16, shape, dtype="bfloat16", causal=causal) for causal in (False, True)]
     for causal in (False, True):
         found += [row(LENGTHS, (1, 2, 1 << power, 64), causal=causal) for power in range(7, 15)]
     return tuple(found)

@@ -20,7 +20,7 @@ HEADINGS = {
     PEERS: "the rows of the peers' published figures",
     OTHER: "other shapes, dtypes and cells",
     OPTION: "options, each against seqkern without it",
-    DECODE: "decoding: one query, B,H,S,D (H/kv where keys have fewer heads)",
+    DECODE: "decoding, one query: B,H/kv,S,D",
     BF16: "bfloat16",
     LENGTHS: "the length of the sequence",
     GENERATION: "greedy decoding",
