@@ -55,6 +55,17 @@ Array<A> gemm(const Array<A>& a, const Array<A>& b) {
     return c;
 }
 
+template <class S>
+Array<float> gemm_bf16(const Array<float>& a, const Array<S>& b, bool transposed) {
+    if (a.ndim() != 2 || b.ndim() != 2 || a.shape(1) != b.shape(transposed))
+        throw py::value_error("a and b must be matrices that agree in the size that is summed over");
+    Array<float> c({a.shape(0), b.shape(!transposed)});
+    if (!seqkern::kernels().gemm_bf16(sizeof(S) == 2, transposed, a.shape(0), b.shape(!transposed),
+                                      a.shape(1), a.data(), b.data(), c.mutable_data()))
+        throw std::bad_alloc();
+    return c;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -70,6 +81,13 @@ PYBIND11_MODULE(_native, m) {
     m.def("vmath", &vmath<double>, py::arg("name"), py::arg("x").noconvert());
     m.def("gemm", &gemm<float>, py::arg("a").noconvert(), py::arg("b").noconvert(), "a @ b, on this thread.");
     m.def("gemm", &gemm<double>, py::arg("a").noconvert(), py::arg("b").noconvert());
+    m.def("gemm_bf16", &gemm_bf16<float>, py::arg("a").noconvert(), py::arg("b").noconvert(),
+          py::arg("transposed") = false,
+          "a @ b, or with transposed a @ b.T, of factors rounded to bfloat16, on this thread. b may be "
+          "uint16: the "
+          "bits of bfloat16.");
+    m.def("gemm_bf16", &gemm_bf16<unsigned short>, py::arg("a").noconvert(), py::arg("b").noconvert(),
+          py::arg("transposed") = false);
     m.def("fma_peak", &seqkern::fma_peak, py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
           "GFLOP/s of float32 multiply-adds on all threads.");
     m.def("read_bandwidth", &seqkern::read_bandwidth, py::arg("bytes"), py::arg("seconds"),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from seqkern.ops import _library
 
@@ -85,3 +86,42 @@ def test_matrix_product(native, dtype, shape):
     got = native.gemm(a, b)
     assert got.shape == (m, n)
     assert (np.abs(got - wide) <= bound).all()
+
+
+def rounded(x):
+    """The bits of the nearest bfloat16 of each float32, as torch rounds."""
+    return torch.from_numpy(x).bfloat16().view(torch.uint16).numpy()
+
+
+def widened(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("source", ["float", "bfloat"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1), (3, 5, 7), (13, 31, 33), (15, 33, 1), (29, 65, 2054), (2, 3, 4097)]
+    + [(1, 129, 64), (1, 97, 34), (5, 96, 62), (0, 3, 4), (3, 0, 4), (3, 4, 0)],
+    ids=str,
+)
+def test_bfloat16_product(native, shape, source, transposed):
+    m, n, k = shape
+    random = np.random.default_rng(0)
+    a, b = (random.standard_normal(size).astype(np.float32) for size in ((m, k), (k, n)))
+    wide_a, bits = widened(rounded(a)).astype(np.float64), rounded(b)
+    wide_b = widened(bits).astype(np.float64)
+    bound = np.abs(wide_a) @ np.abs(wide_b) * np.finfo(np.float32).eps * (2 + k)
+    given = bits if source == "bfloat" else b
+    got = native.gemm_bf16(a, np.ascontiguousarray(given.T) if transposed else given, transposed)
+    assert got.shape == (m, n)
+    assert (np.abs(got - wide_a @ wide_b) <= bound).all()
+
+
+def test_bfloat16_product_of_ends(native):
+    """NaN and infinity travel; a subnormal number counts as itself or as zero."""
+    tiny = np.float32(2.0**-130)
+    a = np.array([[1, np.nan], [np.inf, 1], [np.inf, -np.inf], [tiny, 0], [1, 2]], np.float32)
+    got = native.gemm_bf16(a, np.ones((2, 1), np.float32))[:, 0]
+    assert np.isnan(got[[0, 2]]).all()
+    assert got[1] == np.inf and 0 <= got[3] <= tiny and got[4] == 3

@@ -57,7 +57,8 @@ bool few_queries(const AttentionForward& c, const Sequence& s, long kv_head, con
         const S* k = row_of<S>(c.k, s, kv_head, s.from_k + here.begin);
         for (long at = 0; at < size; at += n) {
             const long count = min_of(n, size - at);
-            rows_as_they_lie<A>(k + at * c.k.i, c.k.i, c.D, count, panel.count, q, ld_q, tile + at, KEYS, false);
+            rows_as_they_lie<A>(k + at * c.k.i, c.k.i, c.D, count, panel.count, q, ld_q, tile + at, KEYS,
+                                false);
             if (!changed && count == n) continue;
             for (long r = 0; r < panel.count; ++r) {
                 Vec<A> x = load<A>(tile + r * KEYS + at);

@@ -25,6 +25,7 @@ bool runs(const std::string& name) {
     if (name == "avx512")
         return runs("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    if (name == "avx512bf16") return runs("avx512") && __builtin_cpu_supports("avx512bf16");
 #endif
     return name == "baseline";
 }
@@ -37,12 +38,23 @@ struct Isa {
 
 const std::vector<Isa>& tables() {
     static const auto found = [] {
-        const Isa known[] = {{isa_baseline_table(), attention_baseline_table(), linear_baseline_table()},
-                             {isa_avx2_table(), attention_avx2_table(), linear_avx2_table()},
-                             {isa_avx512_table(), attention_avx512_table(), linear_avx512_table()}};
+        struct Known {
+            const char* name;
+            decltype(&isa_baseline_table) kernels;
+            decltype(&attention_baseline_table) attention;
+            decltype(&linear_baseline_table) linear;
+        };
+        const Known known[] = {
+            {"baseline", isa_baseline_table, attention_baseline_table, linear_baseline_table},
+            {"avx2", isa_avx2_table, attention_avx2_table, linear_avx2_table},
+            {"avx512", isa_avx512_table, attention_avx512_table, linear_avx512_table},
+            {"avx512bf16", isa_avx512bf16_table, attention_avx512_table, linear_avx512_table},
+        };
+        // A table is asked for only where it runs: making it may take instructions of its own.
         std::vector<Isa> list;
-        for (const Isa& isa : known)
-            if (isa.kernels && runs(isa.kernels->name)) list.push_back(isa);
+        for (const Known& isa : known)
+            if (runs(isa.name) && isa.kernels())
+                list.push_back({isa.kernels(), isa.attention(), isa.linear()});
         return list;
     }();
     return found;

@@ -9,6 +9,20 @@
 namespace seqkern {
 namespace SEQKERN_ISA {
 
+// What one step along k takes from a factor of elements E: `depth` of them for each element of the sum.
+template <class E>
+struct Factor {
+    static constexpr int depth = 1;
+    using Sum = E;
+    using Spread = E;  // of A, the same in every lane
+    using Each = Vec<E>;
+    static SK_INLINE Spread spread(const E* a) { return *a; }
+    static SK_INLINE Each load(const E* b) { return SEQKERN_ISA::load<E>(b); }
+    static SK_INLINE void add(Vec<E>& sum, Spread a, Each b) { sum += a * b; }
+};
+template <class E>
+using Sum = typename Factor<E>::Sum;
+
 template <int NV>
 constexpr int max_rows() {
     return SEQKERN_ACCUMULATORS / NV;
@@ -21,48 +35,50 @@ constexpr int max_panels(long rows) {
     return rows == 1 ? (NV == 2 ? 4 : 2) : rows <= max_rows<NV>() / 2 ? 2 : 1;
 }
 
-template <class A>
+template <class E>
 struct Panels {
-    const A* first;
-    long ld, stride;  // from one row to the next, from one panel to the next
+    const E* first;
+    long ld, stride;  // from one step along k to the next, from one panel to the next
 
-    SK_INLINE Panels from(long panel, long row = 0) const {
-        return {first + panel * stride + row * ld, ld, stride};
+    SK_INLINE Panels from(long panel, long k = 0) const {
+        return {first + panel * stride + k / Factor<E>::depth * ld, ld, stride};
     }
 };
 
-template <class A, int MR, int NV, int NP, bool KMAJOR>
-void tile(const A* __restrict a, long lda, Panels<A> from, long K, A* o, long ldo, long o_stride,
+template <class E, int MR, int NV, int NP, bool KMAJOR>
+void tile(const E* __restrict a, long lda, Panels<E> from, long K, Sum<E>* o, long ldo, long o_stride,
           bool accumulate) {
+    using F = Factor<E>;
+    using A = Sum<E>;
     constexpr int n = Simd<A>::n;
-    const A* __restrict b = from.first;
+    const E* __restrict b = from.first;
     Vec<A> acc[NP][MR][NV];
     SK_UNROLL
     for (int p = 0; p < NP; ++p) SK_UNROLL
     for (int m = 0; m < MR; ++m) SK_UNROLL
     for (int v = 0; v < NV; ++v) acc[p][m][v] = Vec<A>{};
     // One pointer for three rows: row pointers of their own would not fit the general registers.
-    const A* rows[(MR + 2) / 3];
+    const E* rows[(MR + 2) / 3];
     SK_UNROLL
     for (int g = 0; g < (MR + 2) / 3; ++g) rows[g] = a + (KMAJOR ? 0 : g * 3 * lda);
-    for (long k = 0; k < K; ++k) {
-        Vec<A> bv[NP][NV];
+    for (long k = 0; k < K; k += F::depth) {
+        typename F::Each bv[NP][NV];
         SK_UNROLL
         for (int p = 0; p < NP; ++p) SK_UNROLL
-        for (int v = 0; v < NV; ++v) bv[p][v] = load<A>(b + p * from.stride + v * n);
+        for (int v = 0; v < NV; ++v) bv[p][v] = F::load(b + p * from.stride + v * n * F::depth);
         SK_UNROLL
         for (int m = 0; m < MR; ++m) {
-            A s = KMAJOR ? a[m] : rows[m / 3][(m % 3) * lda];
+            const auto s = F::spread(KMAJOR ? a + m * F::depth : rows[m / 3] + (m % 3) * lda);
             SK_UNROLL
             for (int p = 0; p < NP; ++p) SK_UNROLL
-            for (int v = 0; v < NV; ++v) acc[p][m][v] += s * bv[p][v];
+            for (int v = 0; v < NV; ++v) F::add(acc[p][m][v], s, bv[p][v]);
         }
         b += from.ld;
         if (KMAJOR) {
             a += lda;
         } else {
             SK_UNROLL
-            for (int g = 0; g < (MR + 2) / 3; ++g) ++rows[g];
+            for (int g = 0; g < (MR + 2) / 3; ++g) rows[g] += F::depth;
         }
     }
     SK_UNROLL
@@ -74,47 +90,49 @@ void tile(const A* __restrict a, long lda, Panels<A> from, long K, A* o, long ld
     }
 }
 
-template <class A>
-using TileFn = void (*)(const A*, long, Panels<A>, long, A*, long, long, bool);
+template <class E>
+using TileFn = void (*)(const E*, long, Panels<E>, long, Sum<E>*, long, long, bool);
 
-template <class A, int NV, int NP, bool KMAJOR, int MR = max_rows<NV>()>
-SK_INLINE TileFn<A> find_tile(long rows) {
+template <class E, int NV, int NP, bool KMAJOR, int MR = max_rows<NV>()>
+SK_INLINE TileFn<E> find_tile(long rows) {
     if constexpr (MR == 0) {
         return nullptr;
     } else if constexpr (NP > max_panels<NV>(MR)) {
-        return find_tile<A, NV, NP, KMAJOR, MR - 1>(rows);
+        return find_tile<E, NV, NP, KMAJOR, MR - 1>(rows);
     } else {
-        return rows == MR ? tile<A, MR, NV, NP, KMAJOR> : find_tile<A, NV, NP, KMAJOR, MR - 1>(rows);
+        return rows == MR ? tile<E, MR, NV, NP, KMAJOR> : find_tile<E, NV, NP, KMAJOR, MR - 1>(rows);
     }
 }
 
-template <class A, int NV, bool KMAJOR>
-__attribute__((noinline)) TileFn<A> tile_for(long rows, long panels) {
-    return panels == 4   ? find_tile<A, NV, 4, KMAJOR>(rows)
-           : panels == 2 ? find_tile<A, NV, 2, KMAJOR>(rows)
-                         : find_tile<A, NV, 1, KMAJOR>(rows);
+template <class E, int NV, bool KMAJOR>
+__attribute__((noinline)) TileFn<E> tile_for(long rows, long panels) {
+    return panels == 4   ? find_tile<E, NV, 4, KMAJOR>(rows)
+           : panels == 2 ? find_tile<E, NV, 2, KMAJOR>(rows)
+                         : find_tile<E, NV, 1, KMAJOR>(rows);
 }
 
-constexpr long K_BLOCK =
-    1024;  // a panel block of 1024 x 64 floats is 256 KB: it stays in L2 under the row tiles
+// A panel block of 1024 x 64 floats is 256 KB: it stays in L2 under the row tiles.
+template <class E>
+constexpr long K_BLOCK = 1024 * Factor<E>::depth;
 
 // o[panel][row][W] (+)= a[row][k] b[panel][k][W]; KMAJOR: a[k][row]
-template <class A, int NV, bool KMAJOR = false>
-void gemm(long M, const A* a, long lda, Panels<A> b, long panels, long K, A* o, long ldo, long o_stride,
+template <class E, int NV, bool KMAJOR = false>
+void gemm(long M, const E* a, long lda, Panels<E> b, long panels, long K, Sum<E>* o, long ldo, long o_stride,
           bool accumulate) {
     if (M <= 0) return;
+    constexpr int STEP = Factor<E>::depth;
     long tiles = ceil_div(M, max_rows<NV>()), base = M / tiles, longer = M % tiles;
-    for (long k0 = 0; k0 == 0 || k0 < K; k0 += K_BLOCK) {
-        long depth = min_of(K_BLOCK, K - k0);
-        const A* from = a + (KMAJOR ? k0 * lda : k0);
+    for (long k0 = 0; k0 == 0 || k0 < K; k0 += K_BLOCK<E>) {
+        long depth = min_of(K_BLOCK<E>, K - k0);
+        const E* from = a + (KMAJOR ? k0 / STEP * lda : k0);
         for (long p = 0; p < panels;) {
             long group = min_of(max_panels<NV>(longer ? base + 1 : base), panels - p);
             if (group == 3) group = 2;
-            TileFn<A> small = tile_for<A, NV, KMAJOR>(base, group);
-            TileFn<A> large = longer ? tile_for<A, NV, KMAJOR>(base + 1, group) : small;
+            TileFn<E> small = tile_for<E, NV, KMAJOR>(base, group);
+            TileFn<E> large = longer ? tile_for<E, NV, KMAJOR>(base + 1, group) : small;
             for (long i = 0, row = 0; i < tiles; ++i) {
                 long rows = base + (i < longer);
-                (i < longer ? large : small)(from + (KMAJOR ? row : row * lda), lda, b.from(p, k0), depth,
+                (i < longer ? large : small)(from + row * (KMAJOR ? STEP : lda), lda, b.from(p, k0), depth,
                                              o + p * o_stride + row * ldo, ldo, o_stride,
                                              accumulate || k0 > 0);
                 row += rows;

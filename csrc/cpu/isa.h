@@ -1,11 +1,17 @@
 // All kernels of one ISA and their table. Included last in isa_*.cpp, under the target pragma and the
-// SEQKERN_ macros.
+// SEQKERN_ macros. With SEQKERN_BF16_DOT only what it changes is compiled, the rest is avx512's.
 #include "scan_backward.h"
 #include "scan_forward.h"
 
 namespace seqkern {
 namespace SEQKERN_ISA {
 
+#ifdef SEQKERN_BF16_DOT
+#define SK_FOR_DTYPE(dtype, CellT, CALL) CALL(CellT, float, bfloat)
+#define SK_UNLESS_BF16(call, c, ...) \
+    if (c.dtype != Dtype::bf16) return isa_avx512_table()->call(c __VA_OPT__(, ) __VA_ARGS__)
+#else
+#define SK_UNLESS_BF16(...)
 #define SK_FOR_DTYPE(dtype, CellT, CALL) \
     switch (dtype) {                     \
         case Dtype::f32:                 \
@@ -17,6 +23,7 @@ namespace SEQKERN_ISA {
         case Dtype::f16:                 \
             CALL(CellT, float, half)     \
     }
+#endif
 #define SK_FOR_CELL(cell, dtype, CALL)                \
     switch (cell) {                                   \
         case Cell::lstm:                              \
@@ -30,6 +37,7 @@ namespace SEQKERN_ISA {
     }
 
 static unsigned long forward_shared_bytes(const ForwardCall& c) {
+    SK_UNLESS_BF16(forward_shared_bytes, c);
 #define SK_CALL(C, A, S) return forward_bytes<C, A, S>(c);
     SK_FOR_CELL(c.cell, c.dtype, SK_CALL)
 #undef SK_CALL
@@ -37,12 +45,14 @@ static unsigned long forward_shared_bytes(const ForwardCall& c) {
 }
 
 static void forward(const ForwardCall& c, char* shared, const Team& team) {
+    SK_UNLESS_BF16(forward, c, shared, team);
 #define SK_CALL(C, A, S) return forward_run<C, A, S>(c, shared, team);
     SK_FOR_CELL(c.cell, c.dtype, SK_CALL)
 #undef SK_CALL
 }
 
 static unsigned long backward_shared_bytes(const BackwardCall& c) {
+    SK_UNLESS_BF16(backward_shared_bytes, c);
 #define SK_CALL(C, A, S) return backward_bytes<C, A, S>(c);
     SK_FOR_CELL(c.cell, c.dtype, SK_CALL)
 #undef SK_CALL
@@ -50,11 +60,47 @@ static unsigned long backward_shared_bytes(const BackwardCall& c) {
 }
 
 static void backward(const BackwardCall& c, char* shared, const Team& team) {
+    SK_UNLESS_BF16(backward, c, shared, team);
 #define SK_CALL(C, A, S) return backward_run<C, A, S>(c, shared, team);
     SK_FOR_CELL(c.cell, c.dtype, SK_CALL)
 #undef SK_CALL
 }
 
+// c[M][N] = a[M][K] b[K][N], row-major, or with `transposed` b[N][K]; the factors rounded to bfloat.
+template <class S>
+static bool multiply_bf16(bool transposed, long M, long N, long K, const float* a, const S* b, float* c) {
+    constexpr int n = Simd<float>::n;
+    constexpr long W = 2 * n;
+    const long panels = ceil_div(N, W), depth = K + K % 2;
+    Scratch scratch(sizeof(bfloat) * (panels * depth * W + M * depth) + sizeof(float) * panels * M * W + 128);
+    if (!scratch.p) return false;
+    Arena arena{static_cast<char*>(scratch.p)};
+    bfloat *packed = arena.take<bfloat>(panels * depth * W), *rows = arena.take<bfloat>(M * depth);
+    float* out = arena.take<float>(panels * M * W);
+    for (long m = 0; m < M; ++m) round_row(rows + m * depth, a + m * K, K);
+    for (long p = 0; p < panels; ++p) {
+        bfloat* to = packed + p * depth * W;
+        for (long j = 0; transposed && j < W; j += n)
+            pack_transposed<bfloat>(to + 2 * j, W, b + (p * W + j) * K, K, N - p * W - j, K);
+        for (long k = 0; !transposed && k < K; k += 2) {
+            const S* even = b + k * N + p * W;
+            pack_pair(to + k * W, W, even, k + 1 < K ? even + N : nullptr, N - p * W);
+        }
+    }
+    gemm<bfloat, 2>(M, rows, depth, {packed, 2 * W, depth * W}, panels, K, out, W, M * W, false);
+    for (long m = 0; m < M; ++m)
+        for (long p = 0; p < panels; ++p)
+            copy_row<float>(c + m * N + p * W, out + (p * M + m) * W, min_of(W, N - p * W));
+    return true;
+}
+
+static bool probe_gemm_bf16(bool rounded, bool transposed, long M, long N, long K, const float* a,
+                            const void* b, float* c) {
+    if (rounded) return multiply_bf16(transposed, M, N, K, a, static_cast<const bfloat*>(b), c);
+    return multiply_bf16(transposed, M, N, K, a, static_cast<const float*>(b), c);
+}
+
+#ifndef SEQKERN_BF16_DOT
 template <class A>
 static void map(int function, const A* x, A* y, long count) {
     for (long i = 0; i < count; i += Simd<A>::n) {
@@ -129,9 +175,18 @@ static double probe_read(const float* p, long count) {
 }
 
 static const KernelTable table = {
-    SEQKERN_ISA_NAME, forward_shared_bytes, forward,   backward_shared_bytes,       backward,
-    probe_vmath,      probe_gemm,           probe_fma, 2 * CHAINS * Simd<float>::n, probe_read,
+    SEQKERN_ISA_NAME, forward_shared_bytes, forward,   backward_shared_bytes,       backward,   probe_vmath,
+    probe_gemm,       probe_gemm_bf16,      probe_fma, 2 * CHAINS * Simd<float>::n, probe_read,
 };
+#else
+static KernelTable over(KernelTable table) {
+    table.name = SEQKERN_ISA_NAME;
+    table.forward_shared_bytes = forward_shared_bytes, table.forward = forward;
+    table.backward_shared_bytes = backward_shared_bytes, table.backward = backward;
+    table.gemm_bf16 = probe_gemm_bf16;
+    return table;
+}
+#endif
 
 }  // namespace SEQKERN_ISA
 }  // namespace seqkern

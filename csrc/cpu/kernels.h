@@ -58,6 +58,9 @@ struct KernelTable {
     void (*vmath)(int function, bool is_double, const void* x, void* y, long n);
     bool (*gemm)(bool is_double, long M, long N, long K, const void* a, const void* b,
                  void* c);  // false: no memory
+    // b is [K, N], or with `transposed` [N, K], of bfloats where it is `rounded`, else of floats.
+    bool (*gemm_bf16)(bool rounded, bool transposed, long M, long N, long K, const float* a, const void* b,
+                      float* c);
     double (*fma_chain)(
         long rounds);  // runs rounds * flops_per_round() fused multiply-adds; returns a value to keep
     long flops_per_round;
@@ -67,5 +70,6 @@ struct KernelTable {
 const KernelTable* isa_baseline_table();
 const KernelTable* isa_avx2_table();
 const KernelTable* isa_avx512_table();
+const KernelTable* isa_avx512bf16_table();
 
 }  // namespace seqkern

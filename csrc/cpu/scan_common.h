@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../cells.h"
-#include "gemm.h"
+#include "gemm_bf16.h"
 #include "parallel.h"
 #include "vmath.h"
 

@@ -98,7 +98,8 @@ struct ForwardScan {
     void project_as_it_lies(long dir, long first, long rows, const A* full, A* to) const {
         const S* w = static_cast<const S*>(c.weights[dir].w_hr) + first * c.H;
         for (long j = 0; j < min_of(c.P - first, 2 * n); j += n)
-            rows_as_they_lie(w + j * c.H, c.H, c.H, c.P - first - j, rows, full, s.ld_h, to + j, s.ld_p, false);
+            rows_as_they_lie(w + j * c.H, c.H, c.H, c.P - first - j, rows, full, s.ld_h, to + j, s.ld_p,
+                             false);
     }
 
     // The cell on `rows` rows of one panel. x, r: [row][W] pre-activations without bias.

@@ -110,21 +110,27 @@ SK_INLINE Vec<A> load_whole(const S* p) {
     }
 }
 
+// The bfloat of each lane, in its lower half: to nearest even, a NaN stays one.
+template <class A>
+SK_INLINE typename Simd<A>::U rounded_bits(Vec<A> v) {
+    using U = typename Simd<A>::U;
+    const U bits = (U)v, even = bits + (((bits >> 16) & 1u) + 0x7fffu);
+    return (v != v ? (bits | 0x400000u) : even) >> 16;
+}
+
 template <class A, class S>
 SK_INLINE void store_whole(S* p, Vec<A> v) {
     if constexpr (__is_same(A, S)) {
         store<A>(p, v);
     } else {
         using U = typename Simd<A>::U;
-        const U bits = (U)v;
         U found;
         if constexpr (__is_same(S, bfloat)) {
-            const U even = bits + (((bits >> 16) & 1u) + 0x7fffu);
-            found = (v != v ? (bits | 0x400000u) : even) >> 16;
+            found = rounded_bits<A>(v);
         } else {
             // To nearest even by adding the number whose last place is the result's. Subnormal results:
             // 2^-24.
-            const U size = bits & 0x7fffffffu, exponent = size & 0x7f800000u;
+            const U bits = (U)v, size = bits & 0x7fffffffu, exponent = size & 0x7f800000u;
             const U place = exponent < 0x38800000u ? U{} + 0x3f000000u : exponent + (13u << 23);
             const Vec<A> rounded = ((Vec<A>)size + (Vec<A>)place) - (Vec<A>)place;
             const U small = (U)((Vec<A>)size + 0.5f) - 0x3f000000u;

@@ -1,0 +1,105 @@
+// The matmul of gemm.h for bfloat factors and float sums: each step along k takes two neighbours, which lie
+// together. A rows hold K numbers, and a zero behind an odd K; a panel of B is [k / 2][W][2], with zeros for
+// the second of an odd K. So `ld` of a panel is 2 W, and `lda` of a KMAJOR A [k / 2][rows][2] is 2 rows.
+//
+// With SEQKERN_BF16_DOT a step is one instruction, vdpbf16ps: two products joined to the sum, without regard
+// to the rounding mode, rounded to nearest even after each. It takes subnormal numbers for zero and makes
+// none: up to 2^-126 is lost for every element of a product, times the other factor where that is above one.
+// Other machines widen the pairs and multiply as float.
+#pragma once
+
+#include "gemm.h"
+
+namespace seqkern {
+namespace SEQKERN_ISA {
+
+template <>
+struct Factor<bfloat> {
+    static constexpr int depth = 2;
+    using Sum = float;
+    using Each = typename Simd<float>::U;  // the number with the lower index in the lower half
+    using Spread = Each;
+    typedef unsigned int Unaligned __attribute__((vector_size(SEQKERN_VECTOR_BYTES), aligned(2), may_alias));
+
+    static SK_INLINE Spread spread(const bfloat* a) {
+        unsigned int pair;
+        __builtin_memcpy(&pair, a, sizeof pair);
+        return Each{} + pair;
+    }
+    static SK_INLINE Each load(const bfloat* b) { return *reinterpret_cast<const Unaligned*>(b); }
+    static SK_INLINE void store(bfloat* to, Each pairs) { *reinterpret_cast<Unaligned*>(to) = pairs; }
+    static SK_INLINE void add(Vec<float>& sum, Each a, Each b) {
+#ifdef SEQKERN_BF16_DOT
+        sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+        sum += upper(a) * upper(b);
+        sum += lower(a) * lower(b);
+#endif
+    }
+    static SK_INLINE Vec<float> lower(Each pairs) { return (Vec<float>)(pairs << 16); }
+    static SK_INLINE Vec<float> upper(Each pairs) { return (Vec<float>)(pairs & 0xffff0000u); }
+};
+
+// The bfloats of n numbers, one in each lane, zeros behind them.
+template <class S>
+SK_INLINE typename Simd<float>::U bfloat_bits(const S* p, long n) {
+    if constexpr (__is_same(S, bfloat)) {
+        return (typename Simd<float>::U)load_n<float>(p, n) >> 16;
+    } else {
+        return rounded_bits<float>(load_n<float>(p, n));
+    }
+}
+
+// Numbers as the rows of A: to[0..K) = from[0..K), and a zero behind an odd K.
+template <class S>
+SK_INLINE void round_row(bfloat* to, const S* from, long K) {
+    for (long k = 0; k < K; k += Simd<float>::n)
+        store_n<float>(to + k, load_n<float>(from + k, K - k), K - k);
+    if (K % 2) to[K] = bfloat{0};
+}
+
+// Two rows of a panel: to[0..W)[2] = (even[j], odd[j]) for j < columns, zeros behind; no `odd` behind an odd
+// K.
+template <class S>
+SK_INLINE void pack_pair(bfloat* to, long W, const S* even, const S* odd, long columns) {
+    for (long j = 0; j < W; j += Simd<float>::n) {
+        typename Simd<float>::U pairs{};
+        if (columns > j) pairs = bfloat_bits(even + j, columns - j);
+        if (columns > j && odd) pairs |= bfloat_bits(odd + j, columns - j) << 16;
+        Factor<bfloat>::store(to + 2 * j, pairs);
+    }
+}
+
+// 2n numbers as they follow each other: lane i holds the pair (2i, 2i + 1). Zeros behind the first `left`.
+template <class S>
+SK_INLINE typename Simd<float>::U load_pairs(const S* p, long left) {
+    constexpr int n = Simd<float>::n;
+    if constexpr (__is_same(S, bfloat))
+        if (left >= 2 * n) return Factor<bfloat>::load(p);
+    bfloat near[2 * n] = {};
+    for (long i = 0; i < min_of(left, 2 * n); i += n)
+        store_n<float>(near + i, load_n<float>(p + i, left - i), n);
+    return Factor<bfloat>::load(near);
+}
+
+// Panel column block: to[k / 2][0..n)[2] (row stride 2 W) = w[0..lanes)[k] for k < K; w has K contiguous per
+// row (stride ldw).
+template <class A, class S>
+    requires(__is_same(A, bfloat))
+void pack_transposed(A* to, long W, const S* w, long ldw, long lanes, long K) {
+    constexpr int n = Simd<float>::n;
+    for (long k = 0; k < K; k += 2 * n) {
+        Vec<float> block[n];
+        SK_UNROLL
+        for (int i = 0; i < n; ++i)
+            block[i] = i < lanes ? (Vec<float>)load_pairs(w + i * ldw + k, K - k) : Vec<float>{};
+        transpose<float>(block);
+        const long steps = min_of(n, ceil_div(K - k, 2));
+        SK_UNROLL
+        for (int i = 0; i < n; ++i)
+            if (i < steps) Factor<bfloat>::store(to + (k + 2 * i) * W, (typename Simd<float>::U)block[i]);
+    }
+}
+
+}  // namespace SEQKERN_ISA
+}  // namespace seqkern

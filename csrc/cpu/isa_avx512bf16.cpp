@@ -1,0 +1,13 @@
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include "arch_avx512bf16.h"
+#include "isa.h"
+
+const seqkern::KernelTable* seqkern::isa_avx512bf16_table() {
+    static const KernelTable table = isa_avx512bf16::over(*isa_avx512_table());
+    return &table;
+}
+#else
+const seqkern::KernelTable* seqkern::isa_avx512bf16_table() { return nullptr; }
+#endif
