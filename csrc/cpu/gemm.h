@@ -9,19 +9,53 @@
 namespace seqkern {
 namespace SEQKERN_ISA {
 
-// What one step along k takes from a factor of elements E: `depth` of them for each element of the sum.
+// What one step along k takes from factors with elements E: `depth` of them for each element of the sum.
 template <class E>
 struct Factor {
-    static constexpr int depth = 1;
+    static constexpr int depth = 1, width = Simd<E>::n;  // width: numbers in a vector
     using Sum = E;
-    using Spread = E;  // of A, the same in every lane
     using Each = Vec<E>;
-    static SK_INLINE Spread spread(const E* a) { return *a; }
-    static SK_INLINE Each load(const E* b) { return SEQKERN_ISA::load<E>(b); }
-    static SK_INLINE void add(Vec<E>& sum, Spread a, Each b) { sum += a * b; }
+
+    static SK_INLINE E spread(const E* a) { return *a; }  // to every lane
+    template <class S>
+    static SK_INLINE Each load(const S* p) {
+        return load_whole<E>(p);
+    }
+    template <class S>
+    static SK_INLINE Each load(const S* p, long n) {
+        return load_n<E>(p, n);
+    }
+    template <class B>
+    static SK_INLINE void add(Vec<E>& sum, B a, Each b) {
+        sum += a * b;
+    }
+
+    using Mask = typename Simd<E>::I;
+    static SK_INLINE Mask last(int count) {
+        return lanes<E>([](int i) { return i; }) >= width - count;
+    }
+    static SK_INLINE Each masked(Each x, Mask mask) { return (Each)((Mask)x & mask); }
 };
 template <class E>
 using Sum = typename Factor<E>::Sum;
+
+// A number of elements along k, up to whole steps.
+template <class E>
+SK_INLINE constexpr long whole_steps(long K) {
+    return ceil_div(K, Factor<E>::depth) * Factor<E>::depth;
+}
+
+// Numbers as a row of A: to[0..K) = from[0..K), zeros behind them to a whole step.
+template <class E, class S>
+SK_INLINE void factor_row(E* to, const S* from, long K) {
+    if constexpr (__is_same(E, S)) {
+        __builtin_memcpy(to, from, static_cast<unsigned long>(K) * sizeof(E));
+    } else {
+        constexpr int n = Simd<Sum<E>>::n;
+        for (long k = 0; k < K; k += n) store_n<Sum<E>>(to + k, load_n<Sum<E>>(from + k, K - k), K - k);
+    }
+    for (long k = K; k < whole_steps<E>(K); ++k) to[k] = E{};
+}
 
 template <int NV>
 constexpr int max_rows() {

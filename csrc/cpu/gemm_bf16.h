@@ -15,18 +15,27 @@ namespace SEQKERN_ISA {
 
 template <>
 struct Factor<bfloat> {
-    static constexpr int depth = 2;
+    static constexpr int depth = 2, width = 2 * Simd<float>::n;
     using Sum = float;
-    using Each = typename Simd<float>::U;  // the number with the lower index in the lower half
-    using Spread = Each;
+    using Each = typename Simd<float>::U;  // pairs, the number with the lower index in the lower half
     typedef unsigned int Unaligned __attribute__((vector_size(SEQKERN_VECTOR_BYTES), aligned(2), may_alias));
 
-    static SK_INLINE Spread spread(const bfloat* a) {
+    static SK_INLINE Each spread(const bfloat* a) {
         unsigned int pair;
         __builtin_memcpy(&pair, a, sizeof pair);
         return Each{} + pair;
     }
-    static SK_INLINE Each load(const bfloat* b) { return *reinterpret_cast<const Unaligned*>(b); }
+    static SK_INLINE Each load(const bfloat* p) { return *reinterpret_cast<const Unaligned*>(p); }
+    // The first n numbers, zeros behind them.
+    template <class S>
+    static SK_INLINE Each load(const S* p, long n) {
+        if constexpr (__is_same(S, bfloat))
+            if (n >= width) return load(p);
+        bfloat near[width] = {};
+        for (long i = 0; i < min_of(n, width); i += width / 2)
+            store_n<float>(near + i, load_n<float>(p + i, n - i), width / 2);
+        return load(near);
+    }
     static SK_INLINE void store(bfloat* to, Each pairs) { *reinterpret_cast<Unaligned*>(to) = pairs; }
     static SK_INLINE void add(Vec<float>& sum, Each a, Each b) {
 #ifdef SEQKERN_BF16_DOT
@@ -38,6 +47,13 @@ struct Factor<bfloat> {
     }
     static SK_INLINE Vec<float> lower(Each pairs) { return (Vec<float>)(pairs << 16); }
     static SK_INLINE Vec<float> upper(Each pairs) { return (Vec<float>)(pairs & 0xffff0000u); }
+
+    using Mask = Each;
+    static SK_INLINE Mask last(int count) {
+        const auto at = lanes<float>([](int i) { return 2 * i; });  // of the lower number
+        return ((Mask)(at >= width - count) & 0xffffu) | ((Mask)(at + 1 >= width - count) & 0xffff0000u);
+    }
+    static SK_INLINE Each masked(Each x, Mask mask) { return x & mask; }
 };
 
 // The bfloats of n numbers, one in each lane, zeros behind them.
@@ -48,14 +64,6 @@ SK_INLINE typename Simd<float>::U bfloat_bits(const S* p, long n) {
     } else {
         return rounded_bits<float>(load_n<float>(p, n));
     }
-}
-
-// Numbers as the rows of A: to[0..K) = from[0..K), and a zero behind an odd K.
-template <class S>
-SK_INLINE void round_row(bfloat* to, const S* from, long K) {
-    for (long k = 0; k < K; k += Simd<float>::n)
-        store_n<float>(to + k, load_n<float>(from + k, K - k), K - k);
-    if (K % 2) to[K] = bfloat{0};
 }
 
 // Two rows of a panel: to[0..W)[2] = (even[j], odd[j]) for j < columns, zeros behind; no `odd` behind an odd
@@ -70,18 +78,6 @@ SK_INLINE void pack_pair(bfloat* to, long W, const S* even, const S* odd, long c
     }
 }
 
-// 2n numbers as they follow each other: lane i holds the pair (2i, 2i + 1). Zeros behind the first `left`.
-template <class S>
-SK_INLINE typename Simd<float>::U load_pairs(const S* p, long left) {
-    constexpr int n = Simd<float>::n;
-    if constexpr (__is_same(S, bfloat))
-        if (left >= 2 * n) return Factor<bfloat>::load(p);
-    bfloat near[2 * n] = {};
-    for (long i = 0; i < min_of(left, 2 * n); i += n)
-        store_n<float>(near + i, load_n<float>(p + i, left - i), n);
-    return Factor<bfloat>::load(near);
-}
-
 // Panel column block: to[k / 2][0..n)[2] (row stride 2 W) = w[0..lanes)[k] for k < K; w has K contiguous per
 // row (stride ldw).
 template <class A, class S>
@@ -92,7 +88,7 @@ void pack_transposed(A* to, long W, const S* w, long ldw, long lanes, long K) {
         Vec<float> block[n];
         SK_UNROLL
         for (int i = 0; i < n; ++i)
-            block[i] = i < lanes ? (Vec<float>)load_pairs(w + i * ldw + k, K - k) : Vec<float>{};
+            block[i] = i < lanes ? (Vec<float>)Factor<bfloat>::load(w + i * ldw + k, K - k) : Vec<float>{};
         transpose<float>(block);
         const long steps = min_of(n, ceil_div(K - k, 2));
         SK_UNROLL

@@ -2,7 +2,7 @@
 // a packing. Every output is a sum of n chains along k, joined by a fixed tree.
 #pragma once
 
-#include "simd.h"
+#include "gemm_bf16.h"
 
 namespace seqkern {
 namespace SEQKERN_ISA {
@@ -25,33 +25,33 @@ SK_INLINE Vec<A> lane_sums(Vec<A>* v) {
 }
 
 // One vector x[K] that many rows are multiplied with.
-template <class A>
+template <class E>
 struct Multiplied {
-    using I = typename Simd<A>::I;
-    static constexpr int n = Simd<A>::n;
-    const A* x;
-    long K, whole;  // elements in whole vectors
-    Vec<A> last;    // x[K - n, K), zero where a whole vector counts already
-    I counted;      // lanes of `last` that are not
+    using F = Factor<E>;
+    const E* x;
+    long K, whole;             // numbers in whole vectors
+    typename F::Each last;     // x[K - width, K), zero where a whole vector counts already
+    typename F::Mask counted;  // lanes of `last` that are not
 
     Multiplied() = default;
-    SK_INLINE Multiplied(const A* x, long K) : x(x), K(K), whole(K - K % n), last{}, counted{} {
+    SK_INLINE Multiplied(const E* x, long K) : x(x), K(K), whole(K - K % F::width), last{}, counted{} {
         if (whole == K) return;
-        if (K < n) {
-            last = load_n<A>(x, K);
+        if (K < F::width) {
+            last = F::load(x, K);
             return;
         }
-        counted = lanes<A>([](int i) { return i; }) >= static_cast<int>(n - K % n);
-        last = (Vec<A>)((I)load<A>(x + K - n) & counted);
+        counted = F::last(static_cast<int>(K % F::width));
+        last = F::masked(F::load(x + K - F::width), counted);
     }
 };
 
 // out[m], lane j: w[j][0..K) . by[m].x for j < count; what lies in the other lanes is some row's value.
 // AHEAD: w comes from memory, and its row so many rows further on is asked for meanwhile, into L2; short rows
 // end before the processor would do so by itself.
-template <class A, int M, int AHEAD = 0, class S>
-SK_INLINE void dot_rows(const S* w, long ldw, long count, const Multiplied<A>* by, Vec<A>* out) {
-    using I = typename Simd<A>::I;
+template <class E, int M, int AHEAD = 0, class S>
+SK_INLINE void dot_rows(const S* w, long ldw, long count, const Multiplied<E>* by, Vec<Sum<E>>* out) {
+    using F = Factor<E>;
+    using A = Sum<E>;
     constexpr int n = Simd<A>::n, TOGETHER = n < 4 ? n : 4;
     const long K = by[0].K, whole = by[0].whole;
     Vec<A> sums[M][n];
@@ -61,31 +61,31 @@ SK_INLINE void dot_rows(const S* w, long ldw, long count, const Multiplied<A>* b
         Vec<A> part[M][TOGETHER] = {};
         SK_UNROLL
         for (int r = 0; r < TOGETHER; ++r) rows[r] = w + min_of(j + r, count - 1) * ldw;
-        for (long k = 0; k < whole && j < count; k += n) {
+        for (long k = 0; k < whole && j < count; k += F::width) {
             SK_UNROLL
             for (int r = 0; r < TOGETHER; ++r) {
-                const Vec<A> v = load_whole<A>(rows[r] + k);
+                const auto v = F::load(rows[r] + k);
                 if constexpr (AHEAD > 0) __builtin_prefetch(rows[r] + AHEAD * ldw + k, 0, 2);
                 SK_UNROLL
-                for (int m = 0; m < M; ++m) part[m][r] += v * load<A>(by[m].x + k);
+                for (int m = 0; m < M; ++m) F::add(part[m][r], v, F::load(by[m].x + k));
             }
         }
         // Two loops, not one with a choice in it: a product and its sum must stay in one block of code, or
         // the compiler does not fuse them for every M, and the last bit would depend on how rows are shared
         // out.
-        if (K < n && j < count) {
+        if (K < F::width && j < count) {
             SK_UNROLL
             for (int r = 0; r < TOGETHER; ++r) {
-                const Vec<A> v = load_n<A>(rows[r], K);
+                const auto v = F::load(rows[r], K);
                 SK_UNROLL
-                for (int m = 0; m < M; ++m) part[m][r] = v * by[m].last;
+                for (int m = 0; m < M; ++m) F::add(part[m][r], v, by[m].last);
             }
         } else if (whole < K && j < count) {
             SK_UNROLL
             for (int r = 0; r < TOGETHER; ++r) {
-                const Vec<A> v = (Vec<A>)((I)load_whole<A>(rows[r] + K - n) & by[0].counted);
+                const auto v = F::masked(F::load(rows[r] + K - F::width), by[0].counted);
                 SK_UNROLL
-                for (int m = 0; m < M; ++m) part[m][r] += v * by[m].last;
+                for (int m = 0; m < M; ++m) F::add(part[m][r], v, by[m].last);
             }
         }
         SK_UNROLL
@@ -97,15 +97,16 @@ SK_INLINE void dot_rows(const S* w, long ldw, long count, const Multiplied<A>* b
 }
 
 // o[row][0..n) (row stride ldo) (+)= the first `count` rows of w times each of a[row][K].
-template <class A, int M = 4, class S>
-void rows_as_they_lie(const S* w, long ldw, long K, long count, long rows, const A* a, long lda, A* o,
+template <class E, int M = 4, class S>
+void rows_as_they_lie(const S* w, long ldw, long K, long count, long rows, const E* a, long lda, Sum<E>* o,
                       long ldo, bool accumulate) {
+    using A = Sum<E>;
     while (rows >= M) {
         Vec<A> out[M];
-        Multiplied<A> by[M];
+        Multiplied<E> by[M];
         SK_UNROLL
-        for (int m = 0; m < M; ++m) by[m] = Multiplied<A>(a + m * lda, K);
-        dot_rows<A, M>(w, ldw, count, by, out);
+        for (int m = 0; m < M; ++m) by[m] = Multiplied<E>(a + m * lda, K);
+        dot_rows<E, M>(w, ldw, count, by, out);
         SK_UNROLL
         for (int m = 0; m < M; ++m) {
             A* to = o + m * ldo;
@@ -114,7 +115,7 @@ void rows_as_they_lie(const S* w, long ldw, long K, long count, long rows, const
         rows -= M, a += M * lda, o += M * ldo;
     }
     if constexpr (M > 1)
-        if (rows > 0) rows_as_they_lie<A, M / 2>(w, ldw, K, count, rows, a, lda, o, ldo, accumulate);
+        if (rows > 0) rows_as_they_lie<E, M / 2>(w, ldw, K, count, rows, a, lda, o, ldo, accumulate);
 }
 
 }  // namespace SEQKERN_ISA

@@ -71,13 +71,13 @@ template <class S>
 static bool multiply_bf16(bool transposed, long M, long N, long K, const float* a, const S* b, float* c) {
     constexpr int n = Simd<float>::n;
     constexpr long W = 2 * n;
-    const long panels = ceil_div(N, W), depth = K + K % 2;
+    const long panels = ceil_div(N, W), depth = whole_steps<bfloat>(K);
     Scratch scratch(sizeof(bfloat) * (panels * depth * W + M * depth) + sizeof(float) * panels * M * W + 128);
     if (!scratch.p) return false;
     Arena arena{static_cast<char*>(scratch.p)};
     bfloat *packed = arena.take<bfloat>(panels * depth * W), *rows = arena.take<bfloat>(M * depth);
     float* out = arena.take<float>(panels * M * W);
-    for (long m = 0; m < M; ++m) round_row(rows + m * depth, a + m * K, K);
+    for (long m = 0; m < M; ++m) factor_row(rows + m * depth, a + m * K, K);
     for (long p = 0; p < panels; ++p) {
         bfloat* to = packed + p * depth * W;
         for (long j = 0; transposed && j < W; j += n)

@@ -15,10 +15,13 @@ constexpr long SUM_ROWS = 32;            // rows of a bias gradient summed befor
 template <class CellT, class A, class S>
 struct BackwardScan {
     using Sh = Shape<CellT, A>;
+    using E = typename FactorsOf<A, S>::E;
+    using F = Factor<E>;
     static constexpr int n = Sh::n, G = Sh::G, PW = 2 * n;
     static constexpr int KEPT =
         G + CellT::APART;  // a cell that keeps x and r apart differs in its last gate only
-    static constexpr bool NATIVE = __is_same(A, S);
+    static constexpr bool NATIVE = __is_same(A, S);  // no result is rounded at the end
+    static constexpr bool PAIRS = F::depth == 2;
 
     const BackwardCall& c;
     Sh s;
@@ -27,17 +30,18 @@ struct BackwardScan {
     // A matrix of weights [K][columns]: its first panels as they lie, the others packed.
     struct Weights {
         long lying;
-        Panels<A> as_it_lies, packed;
+        Panels<E> as_it_lies, packed;
     };
     struct {
         Weights w_ih, w_hh, w_hr;
         A *carry, *dc;    // [B][ld]: gradients of the states between two steps
-        A *gates, *dh;    // [chunk][ld]; dh only where projected
-        A *x, *h, *full;  // [panel][chunk][PW]: inputs, previous states, unprojected outputs
+        E *gates, *dh;    // [chunk][ld]; dh only where projected
+        E *x, *h, *full;  // [panel][chunk][PW]: inputs, previous states, unprojected outputs
         A *d_w_ih, *d_w_hh, *d_w_hr, *d_b_ih, *d_b_hh;  // the results, or float ones to be rounded at the end
     } d[2];
     A* d_input;
     bool projected, weights;
+    bool at_once;  // the weights' gradients are of one chunk and rounded as they come, with no sums to keep
 
     struct Chunk {
         long begin, end, row, rows;  // time steps; first row and number of rows
@@ -45,10 +49,11 @@ struct BackwardScan {
 
     BackwardScan(const BackwardCall& call, Arena& arena) : c(call), s(call) {
         ld_gates = KEPT * c.H + (n - KEPT * c.H % n) % n + 3 * n;  // pack_block reads past the last column
-        chunk = min_of(max_of(BACKWARD_CHUNK_ROWS, c.B), c.N);
+        chunk = whole_steps<E>(min_of(max_of(BACKWARD_CHUNK_ROWS, c.B), c.N));
         K = G * c.H;
         projected = c.weights[0].w_hr != nullptr;
         weights = c.d_weights[0].w_ih != nullptr;
+        at_once = !NATIVE && c.N <= chunk;
         d_input = c.D == 1 ? nullptr : result<A>(arena, c.d_input, c.N * c.I);
         for (int i = 0; i < c.D; ++i) {
             const auto& out = c.d_weights[i];
@@ -57,14 +62,14 @@ struct BackwardScan {
             if (projected) d[i].w_hr = weights_of(arena, c.weights[i].w_hr, c.P, c.H);
             d[i].carry = arena.take<A>(c.B * s.ld_p);
             d[i].dc = CellT::HAS_C ? arena.take<A>(c.B * s.ld_h) : nullptr;
-            d[i].gates = arena.take<A>(chunk * ld_gates);
-            d[i].dh = projected ? arena.take<A>(chunk * s.ld_p) : nullptr;
-            d[i].x = weights ? arena.take<A>(s.blocks_i * chunk * PW) : nullptr;
-            d[i].h = weights ? arena.take<A>(s.blocks_p * chunk * PW) : nullptr;
-            d[i].full = weights && projected ? arena.take<A>(s.blocks_h * chunk * PW) : nullptr;
-            d[i].d_w_ih = result<A>(arena, out.w_ih, K * c.I);
-            d[i].d_w_hh = result<A>(arena, out.w_hh, K * c.P);
-            d[i].d_w_hr = result<A>(arena, out.w_hr, c.P * c.H);
+            d[i].gates = arena.take<E>(chunk * ld_gates);
+            d[i].dh = projected ? arena.take<E>(chunk * s.ld_p) : nullptr;
+            d[i].x = weights ? arena.take<E>(s.blocks_i * chunk * PW) : nullptr;
+            d[i].h = weights ? arena.take<E>(s.blocks_p * chunk * PW) : nullptr;
+            d[i].full = weights && projected ? arena.take<E>(s.blocks_h * chunk * PW) : nullptr;
+            d[i].d_w_ih = result<A>(arena, at_once ? nullptr : out.w_ih, K * c.I);
+            d[i].d_w_hh = result<A>(arena, at_once ? nullptr : out.w_hh, K * c.P);
+            d[i].d_w_hr = result<A>(arena, at_once ? nullptr : out.w_hr, c.P * c.H);
             d[i].d_b_ih = result<A>(arena, out.b_ih, K);
             d[i].d_b_hh = result<A>(arena, out.b_hh, K);
         }
@@ -73,22 +78,23 @@ struct BackwardScan {
     Weights weights_of(Arena& arena, const void* w, long rows, long columns) const {
         const long panels = ceil_div(columns, PW);
         const long lying = NATIVE && c.N < ROWS_WORTH_COPYING ? columns / PW : 0;
+        E* packed = arena.take<E>((panels - lying) * whole_steps<E>(rows) * PW);
         return {lying,
-                {static_cast<const A*>(NATIVE ? w : nullptr), columns, PW},
-                {arena.take<A>((panels - lying) * rows * PW), PW, rows * PW}};
+                {static_cast<const E*>(NATIVE ? w : nullptr), columns, PW},
+                packed_panels(packed, rows, PW, 0)};
     }
-    static A* packed_from(const Weights& w) { return const_cast<A*>(w.packed.first); }
+    static E* packed_from(const Weights& w) { return const_cast<E*>(w.packed.first); }
 
     // o[panel][row][PW] (+)= a[row][k] times panels [first, first + panels) of w, rows [w_row, w_row +
     // depth).
-    static void multiply(long rows, const A* a, long lda, const Weights& w, long first, long panels,
+    static void multiply(long rows, const E* a, long lda, const Weights& w, long first, long panels,
                          long w_row, long depth, A* o, long ldo, long o_stride, bool accumulate) {
         const long lying = max_of(0, min_of(panels, w.lying - first));
         if (lying)
-            gemm<A, 2>(rows, a, lda, w.as_it_lies.from(first, w_row), lying, depth, o, ldo, o_stride,
+            gemm<E, 2>(rows, a, lda, w.as_it_lies.from(first, w_row), lying, depth, o, ldo, o_stride,
                        accumulate);
         if (panels > lying)
-            gemm<A, 2>(rows, a, lda, w.packed.from(first + lying - w.lying, w_row), panels - lying, depth,
+            gemm<E, 2>(rows, a, lda, w.packed.from(first + lying - w.lying, w_row), panels - lying, depth,
                        o + lying * o_stride, ldo, o_stride, accumulate);
     }
 
@@ -146,11 +152,12 @@ struct BackwardScan {
     }
 
     struct Buffers {
-        A *block, *tile, *rows, *pre;
+        E* block;
+        A *tile, *rows, *pre;
     };
     Buffers lay_out(Arena& arena, const Team& team) const {
         constexpr int MR = max_rows<2>();
-        return {arena.take<A>(chunk * MR + 2 * n), arena.take<A>(MR * PW),
+        return {arena.take<E>(chunk * MR + 2 * n), arena.take<A>(MR * PW),
                 c.d_input ? arena.take<A>(ceil_div(chunk, team.threads) * s.blocks_i * PW) : nullptr,
                 projected ? arena.take<A>(c.B * s.blocks_h * PW) : nullptr};
     }
@@ -158,18 +165,25 @@ struct BackwardScan {
     // Row of the weights that belongs to column k of the x side; the r side's columns are in the weights'
     // order.
     long x_weight_row(long k) const { return !CellT::APART ? k : k < c.H ? (G - 1) * c.H + k : k - c.H; }
-    const A* r_gates(int i) const { return d[i].gates + (CellT::APART ? c.H : 0); }
+    const E* r_gates(int i) const { return d[i].gates + (CellT::APART ? c.H : 0); }
 
     void prepare(const Team& team) {
         for (int i = 0; i < c.D; ++i) {
             const auto& w = c.weights[i];
-            Range k = share(K, team.thread, team.threads);
+            Range k = steps_of(K, team);
             for (long r = k.begin; r < k.end; ++r) {
                 if (c.d_input) pack_weights(d[i].w_ih, r, K, w.w_ih, c.I);
                 pack_weights(d[i].w_hh, r, K, w.w_hh, c.P);
             }
-            k = share(projected ? c.P : 0, team.thread, team.threads);
+            k = steps_of(projected ? c.P : 0, team);
             for (long r = k.begin; r < k.end; ++r) pack_weights(d[i].w_hr, r, c.P, w.w_hr, c.H);
+            if (PAIRS) {  // behind an odd number of columns
+                k = share(chunk, team.thread, team.threads);
+                for (long r = k.begin; r < k.end; ++r) {
+                    d[i].gates[r * ld_gates + KEPT * c.H] = E{};
+                    if (projected) d[i].dh[r * s.ld_p + c.P] = E{};
+                }
+            }
             k = share(c.B, team.thread, team.threads);
             for (long b = k.begin; b < k.end; ++b) {
                 start_state(d[i].carry + b * s.ld_p, c.grad_h_n, (i * c.B + b) * c.P, c.P);
@@ -188,17 +202,29 @@ struct BackwardScan {
         }
     }
 
-    static void pack_weights(const Weights& to, long row, long depth, const void* w, long columns) {
-        const long done = to.lying * PW;
-        pack_panels(packed_from(to), row, depth, static_cast<const S*>(w) + row * columns + done,
+    // A thread's share of the steps along K rows.
+    static Range steps_of(long K, const Team& team) {
+        return share(ceil_div(K, F::depth), team.thread, team.threads);
+    }
+
+    static void pack_weights(const Weights& to, long step, long depth, const void* w, long columns) {
+        const long done = to.lying * PW, row = step * F::depth;
+        const S* from = static_cast<const S*>(w) + row * columns + done;
+        pack_panels(packed_from(to), row, depth, from, row + 1 < depth ? from + columns : nullptr,
                     columns - done);
     }
 
-    // Row k of a matrix with `depth` rows into its panels.
+    // Row k of a matrix with `depth` rows into its panels; the one behind it too where two make a step.
     template <class From>
-    static void pack_panels(A* to, long k, long depth, const From* row, long width) {
-        for (long p = 0; p * PW < width; ++p)
-            pack_row<A>(to + (p * depth + k) * PW, PW, row + p * PW, width - p * PW);
+    static void pack_panels(E* to, long k, long depth, const From* row, const From* behind, long width) {
+        for (long p = 0; p * PW < width; ++p) {
+            E* at = to + (p * whole_steps<E>(depth) + k) * PW;
+            if constexpr (PAIRS) {
+                pack_pair(at, PW, row + p * PW, behind ? behind + p * PW : nullptr, width - p * PW);
+            } else {
+                pack_row(at, PW, row + p * PW, width - p * PW);
+            }
+        }
     }
 
     // The row that precedes (t, b) in the scan's own order, or -1 where that is the initial state.
@@ -230,7 +256,8 @@ struct BackwardScan {
             if (projected) {
                 for (long b = 0; b < m; ++b)
                     for (long j = outs.begin * PW; j < min_of(c.P, outs.end * PW); j += n)
-                        store<A>(d[i].dh + (at + b) * s.ld_p + j, incoming(i, g.rows_begin + b, row + b, j));
+                        store_n<A>(d[i].dh + (at + b) * s.ld_p + j, incoming(i, g.rows_begin + b, row + b, j),
+                                   c.P - j);
                 barrier(joint, g.members);
                 multiply(m, d[i].dh + at * s.ld_p, s.ld_p, d[i].w_hr, units.begin, units.end - units.begin, 0,
                          c.P, buf.pre, PW, m * PW, false);
@@ -274,7 +301,7 @@ struct BackwardScan {
             Vec<A> direct = CellT::template bwd<Math<A>>(reserve, h_prev, c_prev, dh, dc, dx, dr);
             if (CellT::HAS_C) store<A>(d[i].dc + b * s.ld_h + j, dc);
             if (CellT::APART) store<A>(d[i].carry + b * s.ld_p + j, direct);
-            A* to = d[i].gates + (at + k) * ld_gates + j;
+            E* to = d[i].gates + (at + k) * ld_gates + j;
             if (CellT::APART) {
                 store_n<A>(to, dx[G - 1], left);
                 for (int q = 0; q < G; ++q) store_n<A>(to + (q + 1) * c.H, dr[q], left);
@@ -286,25 +313,49 @@ struct BackwardScan {
 
     // What multiplies the gates in the weight gradients.
     void pack_rows(int i, const Chunk& now, const Team& team) {
-        for (long t = now.begin; t < now.end; ++t) {
-            const long first = c.row_start[t] - now.row;
+        const long steps = ceil_div(now.rows, F::depth);
+        long t_before = 0, b_before = 0;
+        for (long t = now.begin; t < now.end; ++t)
             for (long b = 0; b < active(c, t); ++b) {
-                const long k = first + b;
-                if (k * team.threads / now.rows != team.thread) continue;
-                pack_panels(d[i].x, k, chunk, input_row<S>(c, t, b), c.I);
-                pack_panels(d[i].h, k, chunk, h_before(i, t, b), c.P);
-                if (!projected) continue;
-                const A* from = reserved(i, c.row_start[t] + b);
-                for (long j = 0; j < s.blocks_h * PW; j += n) {
-                    Vec<A> full{};
-                    if constexpr (CellT::HAS_C)
-                        if (j < c.H)
-                            full = load_n<A>(from + 3 * c.H + j, c.H - j) *
-                                   tanh<A>(load_n<A>(from + 4 * c.H + j, c.H - j));
-                    store<A>(d[i].full + (j / PW * chunk + k) * PW + j % PW, full);
+                const long k = c.row_start[t] - now.row + b, step = k / F::depth;
+                const bool completes = k % F::depth == F::depth - 1;
+                if (step * team.threads / steps == team.thread) {
+                    if (F::depth == 1 || (!completes && k == now.rows - 1)) {
+                        pack_step(i, k, t, b, false, 0, 0);
+                    } else if (completes) {
+                        pack_step(i, k - 1, t_before, b_before, true, t, b);
+                    }
                 }
+                t_before = t, b_before = b;
+            }
+    }
+
+    // Row k, that of (t, b), and if `both` the one behind it, that of (t2, b2).
+    void pack_step(int i, long k, long t, long b, bool both, long t2, long b2) {
+        pack_panels(d[i].x, k, chunk, input_row<S>(c, t, b), both ? input_row<S>(c, t2, b2) : nullptr, c.I);
+        pack_panels(d[i].h, k, chunk, h_before(i, t, b), both ? h_before(i, t2, b2) : nullptr, c.P);
+        if (!projected) return;
+        for (long j = 0; j < s.blocks_h * PW; j += n) {
+            E* to = d[i].full + (j / PW * chunk + k) * PW + j % PW * F::depth;
+            const Vec<A> full = unprojected(i, c.row_start[t] + b, j);
+            if constexpr (PAIRS) {
+                auto pairs = rounded_bits<A>(full);
+                if (both) pairs |= rounded_bits<A>(unprojected(i, c.row_start[t2] + b2, j)) << 16;
+                F::store(to, pairs);
+            } else {
+                store<A>(to, full);
             }
         }
+    }
+
+    // Units [j, j + n) of a row's output before its projection.
+    Vec<A> unprojected(int i, long row, long j) const {
+        const A* from = reserved(i, row);
+        if constexpr (CellT::HAS_C)
+            if (j < c.H)
+                return load_n<A>(from + 3 * c.H + j, c.H - j) *
+                       tanh<A>(load_n<A>(from + 4 * c.H + j, c.H - j));
+        return Vec<A>{};
     }
 
     void weight_gradients(int i, long rows, bool add, const Team& team, const Buffers& buf) {
@@ -316,15 +367,15 @@ struct BackwardScan {
             const long width = units.end - units.begin;
             const bool x_side = !CellT::APART || kept < G, r_side = !CellT::APART || kept > 0;
             const long x_row = x_weight_row(kept * c.H) + units.begin, r_row = x_row;
-            const A* from = d[i].gates + kept * c.H + units.begin;
+            const E* from = d[i].gates + kept * c.H + units.begin;
             A sums[max_rows<2>() + n];
             pack_block(buf.block, from, ld_gates, width, rows, sums);
             if (x_side) {
-                block_gradient(buf, width, rows, d[i].x, c.I, d[i].d_w_ih + x_row * c.I, add);
+                block_gradient(buf, width, rows, d[i].x, c.I, {d[i].d_w_ih, c.d_weights[i].w_ih}, x_row, add);
                 bias_gradient(d[i].d_b_ih, x_row, sums, width, add);
             }
             if (r_side) {
-                block_gradient(buf, width, rows, d[i].h, c.P, d[i].d_w_hh + r_row * c.P, add);
+                block_gradient(buf, width, rows, d[i].h, c.P, {d[i].d_w_hh, c.d_weights[i].w_hh}, r_row, add);
                 bias_gradient(d[i].d_b_hh, r_row, sums, width, add);
             }
         }
@@ -334,23 +385,31 @@ struct BackwardScan {
             A sums[max_rows<2>() + n];
             pack_block(buf.block, d[i].dh + units.begin, s.ld_p, units.end - units.begin, rows, sums);
             block_gradient(buf, units.end - units.begin, rows, d[i].full, c.H,
-                           d[i].d_w_hr + units.begin * c.H, add);
+                           {d[i].d_w_hr, c.d_weights[i].w_hr}, units.begin, add);
         }
     }
 
     // to[row][width] = from[row][0..width), and the sums over the rows. Whole vectors: what is read and
     // written past a row's width belongs to the padding or is written next.
-    static void pack_block(A* to, const A* from, long ld, long width, long rows, A* sums) {
+    static void pack_block(E* to, const E* from, long ld, long width, long rows, A* sums) {
         constexpr int VECTORS = (max_rows<2>() + n - 1) / n;
         Vec<A> total[VECTORS] = {};
         for (long first = 0; first < rows; first += SUM_ROWS) {
             Vec<A> part[VECTORS] = {};
-            for (long k = first; k < min_of(rows, first + SUM_ROWS); ++k) {
+            for (long k = first; k < min_of(rows, first + SUM_ROWS); k += F::depth) {
                 SK_UNROLL
                 for (int v = 0; v < VECTORS; ++v) {
-                    Vec<A> x = load<A>(from + k * ld + v * n);
-                    store<A>(to + k * width + v * n, x);
-                    part[v] += x;
+                    const E* row = from + k * ld + v * n;
+                    if constexpr (PAIRS) {
+                        auto pairs = bfloat_bits(row, n);
+                        if (k + 1 < rows) pairs |= bfloat_bits(row + ld, n) << 16;
+                        F::store(to + k * width + v * F::width, pairs);
+                        part[v] += F::lower(pairs) + F::upper(pairs);
+                    } else {
+                        Vec<A> x = load<A>(row);
+                        store<A>(to + k * width + v * n, x);
+                        part[v] += x;
+                    }
                 }
             }
             for (int v = 0; v < VECTORS; ++v) total[v] += part[v];
@@ -358,14 +417,24 @@ struct BackwardScan {
         for (int v = 0; v < VECTORS; ++v) store<A>(sums + v * n, total[v]);
     }
 
-    // to[width][columns] (+)= block^T b, b in panels.
-    void block_gradient(const Buffers& buf, long width, long rows, const A* b, long columns, A* to,
-                        bool add) const {
-        TileFn<A> run = tile_for<A, 2, true>(width, 1);
+    struct Gradient {
+        A* sums;
+        void* out;
+    };
+    // Rows [first, first + width) of a gradient [..][columns] (+)= block^T b, b in panels.
+    void block_gradient(const Buffers& buf, long width, long rows, const E* b, long columns, Gradient to,
+                        long first, bool add) const {
+        TileFn<E> run = tile_for<E, 2, true>(width, 1);
         for (long p = 0; p * PW < columns; ++p) {
-            run(buf.block, width, {b + p * chunk * PW, PW, 0}, rows, buf.tile, PW, 0, false);
-            for (long m = 0; m < width; ++m)
-                emit(to + m * columns + p * PW, buf.tile + m * PW, columns - p * PW, add);
+            run(buf.block, width * F::depth, packed_panels(b, chunk, PW, p), rows, buf.tile, PW, 0, false);
+            for (long m = 0; m < width; ++m) {
+                const long at = (first + m) * columns + p * PW;
+                if (at_once) {
+                    emit(static_cast<S*>(to.out) + at, buf.tile + m * PW, columns - p * PW, false);
+                } else {
+                    emit(to.sums + at, buf.tile + m * PW, columns - p * PW, add);
+                }
+            }
         }
     }
 
@@ -387,7 +456,7 @@ struct BackwardScan {
     void input_gradient(int i, const Chunk& now, const Team& team, const Buffers& buf) {
         Range rows = share(now.rows, team.thread, team.threads);
         const long m = rows.end - rows.begin;
-        const A* gates = d[i].gates + rows.begin * ld_gates;
+        const E* gates = d[i].gates + rows.begin * ld_gates;
         const long first = CellT::APART ? c.H : 0;  // kept columns whose weights come last
         multiply(m, gates + first, ld_gates, d[i].w_ih, 0, s.blocks_i, 0, K - first, buf.rows, PW, m * PW,
                  false);
@@ -428,7 +497,7 @@ struct BackwardScan {
         for (long j = 0; j < count; j += n) store_n<A>(to + j, load_n<A>(from + j, count - j), count - j);
     }
     static void rounded(void* out, const A* from, long count, const Team& team) {
-        if (NATIVE || !out) return;
+        if (NATIVE || !out || !from) return;
         Range r = share(count, team.thread, team.threads);
         copy_out(static_cast<S*>(out) + r.begin, from + r.begin, r.end - r.begin);
     }

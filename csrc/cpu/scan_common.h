@@ -47,6 +47,18 @@ struct Shape {
     static long padded(long blocks) { return blocks * BLOCK + n; }
 };
 
+// What the matmuls multiply: bfloats as they are where one instruction multiplies them, else A.
+template <class A, class S>
+struct FactorsOf {
+    using E = A;
+};
+#ifdef SEQKERN_BF16_DOT
+template <>
+struct FactorsOf<float, bfloat> {
+    using E = bfloat;
+};
+#endif
+
 // Row bookkeeping of step t.
 SK_INLINE long active(const Layer& c, long t) { return c.row_start[t + 1] - c.row_start[t]; }
 SK_INLINE long active_in(const Layer& c, long t, const Group& g) {
@@ -61,25 +73,34 @@ SK_INLINE const S* input_row(const Layer& c, long t, long b) {
 }
 
 // W (G H x K) into forward panels [H / (U n)][K][G][U][n].
-template <class CellT, class A, class S>
-void pack_gates(A* to, const S* w, long K, const Shape<CellT, A>& s, long panel) {
+template <class CellT, class E, class S, class A>
+void pack_gates(E* to, const S* w, long K, const Shape<CellT, A>& s, long panel) {
     constexpr int n = Shape<CellT, A>::n, U = Shape<CellT, A>::U, W = Shape<CellT, A>::W;
-    A* out = to + panel * K * W;
+    E* out = to + panel * whole_steps<E>(K) * W;
     for (int g = 0; g < CellT::G; ++g)
         for (int u = 0; u < U; ++u) {
             long unit = (panel * U + u) * n;
-            pack_transposed<A>(out + (g * U + u) * n, W, w + (g * s.H + unit) * K, K, s.H - unit, K);
+            pack_transposed<E>(out + (g * U + u) * Factor<E>::width, W, w + (g * s.H + unit) * K, K,
+                               s.H - unit, K);
         }
 }
 
 // W (R x K) into forward panels [R / 2n][K][2n].
-template <class A, class S>
-void pack_plain(A* to, const S* w, long R, long K, long panel) {
-    constexpr int n = Simd<A>::n;
+template <class E, class S>
+void pack_plain(E* to, const S* w, long R, long K, long panel) {
+    constexpr int n = Simd<Sum<E>>::n;
     for (int u = 0; u < 2; ++u) {
         long row = (panel * 2 + u) * n;
-        pack_transposed<A>(to + panel * K * 2 * n + u * n, 2 * n, w + row * K, K, R - row, K);
+        pack_transposed<E>(to + panel * whole_steps<E>(K) * 2 * n + u * Factor<E>::width, 2 * n, w + row * K,
+                           K, R - row, K);
     }
+}
+
+// Panel `first` and those behind it, of W columns each, in a factor packed for K steps.
+template <class E>
+SK_INLINE Panels<E> packed_panels(const E* packed, long K, int W, long first) {
+    const long stride = whole_steps<E>(K) * W;
+    return {packed + first * stride, W * Factor<E>::depth, stride};
 }
 
 }  // namespace SEQKERN_ISA

@@ -15,32 +15,37 @@ constexpr long ROWS_WORTH_PACKING = 64;                  // with fewer, weights 
 template <class CellT, class A, class S>
 struct ForwardScan {
     using Sh = Shape<CellT, A>;
+    using E = typename FactorsOf<A, S>::E;
     static constexpr int n = Sh::n, G = Sh::G, U = Sh::U, NV = Sh::NV, W = Sh::W;
+    static constexpr bool ROUNDED = !__is_same(A, E);
 
     const ForwardCall& c;
     Sh s;
     // Whether weights are read as they lie. A single sequence is bound by reading W_hh, which no packing
-    // quickens.
+    // quickens, except where the dots of bfloats wait for their sums longer than for the weights.
     const bool lying_x, lying_h;
     struct {
-        A *w_ih, *w_hh, *w_hr;    // packed; null where they are read as they lie
-        A *bias_x, *bias_r;       // [panel][W]; bias_r only where the cell keeps r apart
-        A *h[2], *cell, *h_full;  // [B][ld]; h doubles so that a step reads one and writes the other
+        E *w_ih, *w_hh, *w_hr;  // packed; null where they are read as they lie
+        A *bias_x, *bias_r;     // [panel][W]; bias_r only where the cell keeps r apart
+        E *h[2], *h_full;       // [B][ld]; h doubles so that a step reads one and writes the other
+        A *cell, *h_exact;      // [B][ld]; h_exact: what the cell itself reads of h, where h is rounded
     } d[2];
 
     ForwardScan(const ForwardCall& call, Arena& arena)
-        : c(call), s(call), lying_x(c.N < ROWS_WORTH_PACKING), lying_h(lying_x || c.B == 1) {
+        : c(call), s(call), lying_x(c.N < ROWS_WORTH_PACKING), lying_h(lying_x || (c.B == 1 && !ROUNDED)) {
         long panels = s.blocks_h * Sh::PANELS;
         for (int i = 0; i < c.D; ++i) {
             const bool projected = c.weights[i].w_hr;
-            d[i].w_ih = lying_x ? nullptr : arena.take<A>(panels * c.I * W);
-            d[i].w_hh = lying_h ? nullptr : arena.take<A>(panels * c.P * W);
-            d[i].w_hr = projected && !lying_h ? arena.take<A>(s.blocks_p * c.H * 2 * n) : nullptr;
+            d[i].w_ih = lying_x ? nullptr : arena.take<E>(panels * whole_steps<E>(c.I) * W);
+            d[i].w_hh = lying_h ? nullptr : arena.take<E>(panels * whole_steps<E>(c.P) * W);
+            d[i].w_hr =
+                projected && !lying_h ? arena.take<E>(s.blocks_p * whole_steps<E>(c.H) * 2 * n) : nullptr;
             d[i].bias_x = arena.take<A>(panels * W);
             d[i].bias_r = arena.take<A>(panels * W);
-            for (auto& h : d[i].h) h = arena.take<A>(c.B * max_of(s.ld_p, s.ld_h));
+            for (auto& h : d[i].h) h = arena.take<E>(c.B * max_of(s.ld_p, s.ld_h));
             d[i].cell = CellT::HAS_C ? arena.take<A>(c.B * s.ld_h) : nullptr;
-            d[i].h_full = projected ? arena.take<A>(c.B * s.ld_h) : nullptr;
+            d[i].h_exact = CellT::APART && ROUNDED ? arena.take<A>(c.B * s.ld_h) : nullptr;
+            d[i].h_full = projected ? arena.take<E>(c.B * s.ld_h) : nullptr;
         }
     }
 
@@ -50,20 +55,22 @@ struct ForwardScan {
         for (long item = own.begin * Sh::PANELS; item < own.end * Sh::PANELS; ++item) {
             const long i = item / (s.blocks_h * Sh::PANELS), p = item % (s.blocks_h * Sh::PANELS);
             const auto& w = c.weights[i];
-            if (!lying_x) pack_gates<CellT, A>(d[i].w_ih, static_cast<const S*>(w.w_ih), c.I, s, p);
-            if (!lying_h) pack_gates<CellT, A>(d[i].w_hh, static_cast<const S*>(w.w_hh), c.P, s, p);
+            if (!lying_x) pack_gates<CellT>(d[i].w_ih, static_cast<const S*>(w.w_ih), c.I, s, p);
+            if (!lying_h) pack_gates<CellT>(d[i].w_hh, static_cast<const S*>(w.w_hh), c.P, s, p);
             pack_bias(i, p);
         }
         own = share(d[0].w_hr ? c.D * s.blocks_p : 0, team.thread, team.threads);
         for (long item = own.begin; item < own.end; ++item) {
             const long i = item / s.blocks_p;
-            pack_plain<A>(d[i].w_hr, static_cast<const S*>(c.weights[i].w_hr), c.P, c.H, item % s.blocks_p);
+            pack_plain(d[i].w_hr, static_cast<const S*>(c.weights[i].w_hr), c.P, c.H, item % s.blocks_p);
         }
         own = share(c.D * c.B, team.thread, team.threads);
         for (long item = own.begin; item < own.end; ++item) {
             const long i = item / c.B, b = item % c.B;
             const S* h0 = static_cast<const S*>(c.hx) + item * c.P;
-            for (auto h : d[i].h) copy_row<A>(h + b * s.ld_p, h0, c.P);
+            for (auto h : d[i].h) factor_row(h + b * s.ld_p, h0, c.P);
+            if (CellT::APART && ROUNDED) copy_row<A>(d[i].h_exact + b * s.ld_h, h0, c.P);
+            if (d[i].h_full) d[i].h_full[b * s.ld_h + whole_steps<E>(c.H) - 1] = E{};  // behind an odd H
             if (CellT::HAS_C)
                 copy_row<A>(d[i].cell + b * s.ld_h, static_cast<const S*>(c.cx) + item * c.H, c.H);
         }
@@ -84,7 +91,7 @@ struct ForwardScan {
     }
 
     // o[row][W] (+)= a[row][K] times the rows of w [G H][K] that make the panel.
-    void gates_as_they_lie(const void* w, long K, long panel, bool backwards, long rows, const A* a, long lda,
+    void gates_as_they_lie(const void* w, long K, long panel, bool backwards, long rows, const E* a, long lda,
                            A* o, bool accumulate) const {
         for (long at = 0; at < NV; ++at) {
             const long v = backwards ? NV - 1 - at : at, unit = (panel * U + v % U) * n;
@@ -95,20 +102,19 @@ struct ForwardScan {
     }
 
     // Columns [first, first + 2n) of the projection.
-    void project_as_it_lies(long dir, long first, long rows, const A* full, A* to) const {
+    void project_as_it_lies(long dir, long first, long rows, const E* full, A* to, long ldo) const {
         const S* w = static_cast<const S*>(c.weights[dir].w_hr) + first * c.H;
         for (long j = 0; j < min_of(c.P - first, 2 * n); j += n)
-            rows_as_they_lie(w + j * c.H, c.H, c.H, c.P - first - j, rows, full, s.ld_h, to + j, s.ld_p,
-                             false);
+            rows_as_they_lie(w + j * c.H, c.H, c.H, c.P - first - j, rows, full, s.ld_h, to + j, ldo, false);
     }
 
     // The cell on `rows` rows of one panel. x, r: [row][W] pre-activations without bias.
-    void cell_rows(const Group& g, long p, long rows, const A* x, const A* r, const A* h_prev, A* h_next,
+    void cell_rows(const Group& g, long p, long rows, const A* x, const A* r, const E* h_prev, E* h_next,
                    long row0) {
         long dir = g.direction;
         const A *bx = d[dir].bias_x + p * W, *br = d[dir].bias_r + p * W;
         const bool projected = c.weights[dir].w_hr != nullptr;
-        A* h_out = projected ? d[dir].h_full : h_next;
+        E* h_out = projected ? d[dir].h_full : h_next;
         const long ld_out = projected ? s.ld_h : s.ld_p;
         for (int u = 0; u < U; ++u) {
             long unit = (p * U + u) * n, left = c.H - unit;
@@ -125,11 +131,20 @@ struct ForwardScan {
                     px[k] = load<A>(x + m * W + (k * U + u) * n) + bias_x[k];
                     if (CellT::APART) pr[k] = load<A>(r + m * W + (k * U + u) * n) + bias_r[k];
                 }
-                if (CellT::APART) hp = load<A>(h_prev + b * s.ld_p + unit);
+                if constexpr (CellT::APART && ROUNDED) {
+                    hp = load<A>(d[dir].h_exact + b * s.ld_h + unit);
+                } else if constexpr (CellT::APART) {
+                    hp = load<A>(h_prev + b * s.ld_p + unit);
+                }
                 if (CellT::HAS_C) cell = load<A>(d[dir].cell + b * s.ld_h + unit);
                 CellT::template fwd<Math<A>>(px, pr, hp, cell, h, reserve);
                 if (CellT::HAS_C) store<A>(d[dir].cell + b * s.ld_h + unit, cell);
-                store<A>(h_out + b * ld_out + unit, h);
+                if constexpr (ROUNDED) {
+                    if (CellT::APART) store<A>(d[dir].h_exact + b * s.ld_h + unit, h);
+                    store_n<A>(h_out + b * ld_out + unit, h, left);  // a zero may stand behind an odd H
+                } else {
+                    store<A>(h_out + b * ld_out + unit, h);
+                }
                 if (!projected)
                     store_n<A>(static_cast<S*>(c.output) + (row * c.D + dir) * c.P + unit, h, left);
                 if (Sh::RESERVE && c.reserve) {
@@ -159,7 +174,8 @@ struct ForwardScan {
 
     struct Buffers {
         long rows, room;  // rows of a chunk; of x, in rows of one panel
-        A *input, *x, *r;
+        E* input;
+        A *x, *r;
     };
     Buffers lay_out(Arena& arena, const Group& g) const {
         Range blocks = share(s.blocks_h, g.member, g.members);
@@ -169,7 +185,7 @@ struct ForwardScan {
         const long rows = min_of(width * c.T, max_of(width, min_of(fitting, FORWARD_CHUNK_ROWS)));
         const long room =
             max_of(panels * rows, s.blocks_h * Sh::PANELS * width);  // of one step, if left alone
-        return {rows, room, arena.take<A>(rows * s.ld_i), arena.take<A>(room * W),
+        return {rows, room, arena.take<E>(rows * s.ld_i), arena.take<A>(room * W),
                 arena.take<A>(width * 4 * W)};
     }
 
@@ -192,7 +208,7 @@ struct ForwardScan {
             for (long i = step; i < end; ++i) {
                 long t = time_of(dir, i), m = active_in(c, t, g);
                 for (long b = 0; b < m; ++b)
-                    copy_row<A>(buf.input + (at + b) * s.ld_i, input_row<S>(c, t, g.rows_begin + b), c.I);
+                    factor_row(buf.input + (at + b) * s.ld_i, input_row<S>(c, t, g.rows_begin + b), c.I);
                 at += m;
             }
             if (lying_x) {
@@ -200,7 +216,7 @@ struct ForwardScan {
                     gates_as_they_lie(c.weights[dir].w_ih, c.I, p0 + p, false, rows, buf.input, s.ld_i,
                                       buf.x + p * chunk_rows * W, false);
             } else {
-                gemm<A, NV>(rows, buf.input, s.ld_i, {d[dir].w_ih + p0 * c.I * W, W, c.I * W}, panels, c.I,
+                gemm<E, NV>(rows, buf.input, s.ld_i, packed_panels(d[dir].w_ih, c.I, W, p0), panels, c.I,
                             buf.x, W, chunk_rows * W, false);
             }
             at = 0;
@@ -221,9 +237,9 @@ struct ForwardScan {
     bool one_step(const Group& g, long step, long t, long m, long p0, long panels, const Buffers& buf, A* x,
                   long x_stride, Range out_blocks, bool projected, Barrier* joint) {
         const long dir = g.direction, row0 = c.row_start[t] + g.rows_begin;
-        const A* h_prev = d[dir].h[step & 1];
-        A* h_next = d[dir].h[(step + 1) & 1];
-        const A* a = h_prev + g.rows_begin * s.ld_p;
+        const E* h_prev = d[dir].h[step & 1];
+        E* h_next = d[dir].h[(step + 1) & 1];
+        const E* a = h_prev + g.rows_begin * s.ld_p;
         const long group = lying_h ? 1 : max_panels<NV>(ceil_div(m, ceil_div(max_of(m, 1), max_rows<NV>())));
         // Every other step runs backwards through the weights, and meets in L1 what the one before read last.
         const bool backwards = lying_h && step % 2;
@@ -234,7 +250,7 @@ struct ForwardScan {
                 gates_as_they_lie(c.weights[dir].w_hh, c.P, p0 + p, backwards, m, a, s.ld_p, out,
                                   !CellT::APART);
             } else {
-                gemm<A, NV>(m, a, s.ld_p, {d[dir].w_hh + (p0 + p) * c.P * W, W, c.P * W}, count, c.P, out, W,
+                gemm<E, NV>(m, a, s.ld_p, packed_panels(d[dir].w_hh, c.P, W, p0 + p), count, c.P, out, W,
                             CellT::APART ? m * W : x_stride, !CellT::APART);
             }
             for (long i = 0; i < count; ++i)
@@ -242,19 +258,30 @@ struct ForwardScan {
         }
         if (projected) {
             barrier(joint, g.members);
-            const A* full = d[dir].h_full + g.rows_begin * s.ld_h;
+            const E* full = d[dir].h_full + g.rows_begin * s.ld_h;
             for (long p = out_blocks.begin; m > 0 && p < out_blocks.end; ++p) {
-                A* to = h_next + g.rows_begin * s.ld_p + p * 2 * n;
-                if (lying_h) {
-                    project_as_it_lies(dir, p * 2 * n, m, full, to);
+                E* h = h_next + g.rows_begin * s.ld_p + p * 2 * n;
+                A* to;  // of the sums: h itself, unless it is rounded
+                long ldo = s.ld_p;
+                if constexpr (ROUNDED) {
+                    to = buf.r, ldo = 2 * n;
                 } else {
-                    gemm<A, 2>(m, full, s.ld_h, {d[dir].w_hr + p * c.H * 2 * n, 2 * n, 0}, 1, c.H, to, s.ld_p,
-                               0, false);
+                    to = h;
+                }
+                if (lying_h) {
+                    project_as_it_lies(dir, p * 2 * n, m, full, to, ldo);
+                } else {
+                    gemm<E, 2>(m, full, s.ld_h, packed_panels(d[dir].w_hr, c.H, 2 * n, p), 1, c.H, to, ldo, 0,
+                               false);
                 }
                 for (long b = 0; b < m; ++b)
-                    for (long j = p * 2 * n; j < min_of(c.P, (p + 1) * 2 * n); j += n)
-                        store_n<A>(static_cast<S*>(c.output) + ((row0 + b) * c.D + dir) * c.P + j,
-                                   load<A>(h_next + (g.rows_begin + b) * s.ld_p + j), c.P - j);
+                    for (long j = 0; j < min_of(c.P - p * 2 * n, 2 * n); j += n) {
+                        const Vec<A> sums = load<A>(to + b * ldo + j);
+                        const long unit = p * 2 * n + j;
+                        store_n<A>(static_cast<S*>(c.output) + ((row0 + b) * c.D + dir) * c.P + unit, sums,
+                                   c.P - unit);
+                        if (ROUNDED) store_n<A>(h + b * s.ld_p + j, sums, c.P - unit);
+                    }
             }
         }
         return end_step(joint, g);
@@ -277,8 +304,9 @@ struct ForwardScan {
         }
     }
 
-    static void write_row(S* to, const A* from, long begin, long end) {
-        for (long j = begin; j < end; j += n) store_n<A>(to + j, load<A>(from + j), end - j);
+    template <class From>
+    static void write_row(S* to, const From* from, long begin, long end) {
+        for (long j = begin; j < end; j += n) store_n<A>(to + j, load_whole<A>(from + j), end - j);
     }
 };
 
