@@ -55,23 +55,28 @@ def test_a_large_step_keeps_its_gradient():
 
 @pytest.mark.built
 @pytest.mark.parametrize(
-    ("kind", "shape", "dtype", "grad", "name"),
+    ("kind", "shape", "dtype", "grad", "tiles", "name"),
     [
-        ("RNN", (4, 2), torch.float32, True, "torch"),
-        ("RNN", (5, 2), torch.float32, True, "cpu"),
-        ("RNN", (1, 2), torch.float32, False, "cpu"),
-        ("GRU", (1, 2), torch.float32, True, "torch"),
-        ("GRU", (2, 2), torch.float32, True, "cpu"),
-        ("LSTM", (1, 2), torch.float32, True, "cpu"),
-        ("LSTM", (9, 1), torch.bfloat16, False, "torch"),
-        ("LSTM", (9, 7), torch.bfloat16, True, "cpu"),
-        ("LSTM", (9, 8), torch.bfloat16, True, "torch"),
-        ("LSTM", (9, 8), torch.float16, False, "cpu"),
-        ("GRU", (9, 32), torch.bfloat16, False, "cpu"),
+        ("RNN", (4, 2), torch.float32, True, False, "torch"),
+        ("RNN", (5, 2), torch.float32, True, False, "cpu"),
+        ("RNN", (1, 2), torch.float32, False, False, "cpu"),
+        ("GRU", (1, 2), torch.float32, True, False, "torch"),
+        ("GRU", (2, 2), torch.float32, True, False, "cpu"),
+        ("GRU", (3, 2), torch.bfloat16, True, False, "torch"),
+        ("GRU", (4, 2), torch.bfloat16, True, False, "cpu"),
+        ("LSTM", (1, 2), torch.float32, True, False, "cpu"),
+        ("LSTM", (9, 1), torch.bfloat16, False, False, "cpu"),
+        ("LSTM", (9, 8), torch.bfloat16, True, False, "cpu"),
+        ("LSTM", (9, 1), torch.bfloat16, False, True, "torch"),
+        ("LSTM", (9, 7), torch.bfloat16, True, True, "cpu"),
+        ("LSTM", (9, 8), torch.bfloat16, True, True, "torch"),
+        ("LSTM", (9, 8), torch.float16, False, True, "cpu"),
+        ("GRU", (9, 32), torch.bfloat16, False, True, "cpu"),
     ],
 )
-def test_stands_aside_where_torch_is_faster(kind, shape, dtype, grad, name, monkeypatch):
+def test_stands_aside_where_torch_is_faster(kind, shape, dtype, grad, tiles, name, monkeypatch):
     monkeypatch.setattr(_backend, "BF16_DOT", True)
+    monkeypatch.setattr(_backend, "BF16_TILES", tiles)
     layer = getattr(seqkern.nn, kind)(3, 4, dtype=dtype).requires_grad_(grad)
     (choice,) = chosen(lambda: layer(torch.zeros(*shape, 3, dtype=dtype)))
     assert choice.name == name

@@ -53,6 +53,15 @@ def test_op_meets_oracle(isa, cell, dtype, form, bidirectional, shape):
         check_op(*cases, what=f"{isa} {cell} {form} bias={bias} proj={proj}")
 
 
+@pytest.mark.parametrize(("form", "T", "B"), [("dense", 81, 13), ("packed", 121, 13), ("dense", 71, 1)])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_op_over_many_steps(isa, cell, dtype, form, T, B):
+    """More rows than a chunk of the backward scan holds; one sequence long enough for packed weights."""
+    sizes = {"T": T, "B": B, "I": 9, "H": 21, "proj": 7 if cell == "lstm" else 0}
+    check_op(make_case(cell, form, dtype, **sizes, bidirectional=True), what=f"{isa} {cell} {form}")
+
+
 @pytest.mark.parametrize(("form", "bidirectional"), FORMS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_op_skips_what_is_not_needed(isa, cell, form, bidirectional):

@@ -96,7 +96,7 @@ def test_table_has_every_line():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("way", "module", "claim"), claims())
 def test_claim(way, module, claim, dtype, monkeypatch):
-    monkeypatch.setattr(_backend, "BF16_DOT", False)
+    monkeypatch.setattr(_backend, "BF16_TILES", False)
     case, cell = WAYS[way], module.endswith("Cell")
     inputs = case.inputs(cell, dtype)
     if claim == "-":

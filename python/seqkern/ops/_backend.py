@@ -33,7 +33,9 @@ FEW_ROWS = 16  # of a linear layer, for which weights are read as they lie
 FEW_ROWS_OF_16_BITS = 4
 WEIGHTS_WORTH_IT = 250_000  # of such a layer
 STEPS_BELOW_A_GRADIENT = {"gru": 1, "rnn_tanh": 4, "rnn_relu": 4}
-BF16_DOT = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+BF16_DOT = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # our kernels and torch's use it
+BF16_STEPS_BELOW_A_GRADIENT = STEPS_BELOW_A_GRADIENT | {"gru": 3}  # where BF16_DOT makes torch's steps short
+BF16_TILES = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # AMX: torch's kernels alone use it
 PLAIN = frozenset((Tensor, Parameter))
 
 TRITON_OPS = frozenset(
@@ -273,12 +275,14 @@ def torch_outruns(op: str, tensors: Sequence[Tensor | None]) -> str | None:
     if input.dim() == 2:  # packed
         return None
     steps, batch, _ = input.shape
-    if grad and steps <= STEPS_BELOW_A_GRADIENT.get(op, 0):
+    dots = input.dtype is torch.bfloat16 and BF16_DOT
+    if grad and steps <= (BF16_STEPS_BELOW_A_GRADIENT if dots else STEPS_BELOW_A_GRADIENT).get(op, 0):
         return "a gradient of so few steps"
-    if input.dtype is not torch.bfloat16 or not BF16_DOT or (cx is not None and cx.shape[-1] != hx.shape[-1]):
+    projected = cx is not None and cx.shape[-1] != hx.shape[-1]
+    if input.dtype is not torch.bfloat16 or not BF16_TILES or projected:
         return None
     slower = (batch >= 8 or not grad) if op == "lstm" else (batch >= 32 and hx.shape[-1] >= 512)
-    return "bfloat16 on a machine that multiplies it itself" if slower else None
+    return "bfloat16 on a machine that multiplies it in tiles (AMX)" if slower else None
 
 
 def _linear_outruns(tensors: Sequence[Tensor | None]) -> str | None:
