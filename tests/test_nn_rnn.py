@@ -116,7 +116,11 @@ def test_dtypes_as_torch(run_on, config, form, dtype):
     theirs, ours = pair(*config, dtype)
     build, leaves = arguments(ours, form, True, dtype)
     exact = results(theirs, build, leaves, torch.float64)
-    assert_as_good(results(ours, build, leaves), results(theirs, build, leaves), exact, label(config))
+    found, other = results(ours, build, leaves), results(theirs, build, leaves)
+    # A rounding that carries a rectifier over its kink turns its gradient on or off: outputs alone compare then.
+    crossed = ours.mode == "RNN_RELU" and bool(((found[0] > 0) != (exact[0] > 0)).any())
+    compared = slice(2) if crossed else slice(None)
+    assert_as_good(found[compared], other[compared], exact[compared], label(config))
 
 
 @pytest.mark.parametrize("form", FORMS)
