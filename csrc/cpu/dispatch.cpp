@@ -48,11 +48,13 @@ const std::vector<Isa>& tables() {
             {"baseline", isa_baseline_table, attention_baseline_table, linear_baseline_table},
             {"avx2", isa_avx2_table, attention_avx2_table, linear_avx2_table},
             {"avx512", isa_avx512_table, attention_avx512_table, linear_avx512_table},
-            {"avx512bf16", isa_avx512bf16_table, attention_avx512_table, linear_avx512_table}};
+            {"avx512bf16", isa_avx512bf16_table, attention_avx512_table, linear_avx512_table},
+        };
         // A table is asked for only where it runs: making it may take instructions of its own.
         std::vector<Isa> list;
         for (const Known& isa : known)
-            if (runs(isa.name) && isa.kernels()) list.push_back({isa.kernels(), isa.attention(), isa.linear()});
+            if (runs(isa.name) && isa.kernels())
+                list.push_back({isa.kernels(), isa.attention(), isa.linear()});
         return list;
     }();
     return found;
