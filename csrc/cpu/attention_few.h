@@ -41,6 +41,17 @@ SK_INLINE void join_softmax_along_keys(A* scores, long keys, A* m, A* l, A* out,
     for (long at = 0; at < Nv; at += n) store<A>(out + at, load<A>(out + at) * fade);
 }
 
+// Keys and values of more bytes than this come from memory.
+constexpr long FAR_BYTES = 40000000;
+
+// Rows that will be read soon, into L2: they are too short for the processor to run ahead by itself.
+template <class S>
+SK_INLINE void fetch_rows(const S* from, long ld, long rows, long size) {
+    constexpr long line = 64 / static_cast<long>(sizeof(S));
+    for (long r = 0; r < rows; ++r)
+        for (long at = 0; at < size; at += line) __builtin_prefetch(from + r * ld + at, 0, 2);
+}
+
 // One panel of at most a vector of queries against some keys. q: [count][buffer_ld(D)], tile: [count][KEYS],
 // v: room for a block of values. Returns whether there was a key.
 template <class A, class S>
@@ -50,13 +61,19 @@ bool few_queries(const AttentionForward& c, const Sequence& s, long kv_head, con
     const long ld_q = buffer_ld<A>(c.D), Nv = padded<A>(c.Dv);
     const Scores<A> scores(c, s, panel);
     const bool changed = !scores.untouched(keys);
+    const bool far = c.B * c.Hkv * c.S * (c.D + c.Dv) * static_cast<long>(sizeof(S)) > FAR_BYTES;
     bool begun = false;
     for (long from = keys.begin; from < keys.end; from += KEYS) {
         const Span here{from, min_of(from + KEYS, keys.end)};
         const long size = here.end - here.begin;
         const S* k = row_of<S>(c.k, s, kv_head, s.from_k + here.begin);
+        const S* values = row_of<S>(c.v, s, kv_head, s.from_k + here.begin);
         for (long at = 0; at < size; at += n) {
-            const long count = min_of(n, size - at);
+            const long count = min_of(n, size - at), ahead = min_of(count, keys.end - here.begin - at - KEYS);
+            if (far) {
+                fetch_rows(values + at * c.v.i, c.v.i, count, c.Dv);
+                fetch_rows(k + (at + KEYS) * c.k.i, c.k.i, ahead, c.D);
+            }
             rows_as_they_lie<A>(k + at * c.k.i, c.k.i, c.D, count, panel.count, q, ld_q, tile + at, KEYS,
                                 false);
             if (!changed && count == n) continue;
