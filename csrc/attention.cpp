@@ -40,7 +40,8 @@ class Attention {
         if (mask) call.mask = plane(*mask, "mask", ScalarType::Bool);
         if (bias) {
             Tensor b = *bias;
-            if (b.scalar_type() != query.scalar_type() && b.scalar_type() != wide) b = in_dtype(b, wide);
+            if (b.scalar_type() != query.scalar_type() && b.scalar_type() != wide)
+                b = kept_.emplace_back(in_dtype(b, wide));
             call.bias = plane(b, "bias", b.scalar_type());
             call.bias_is_wide = b.scalar_type() == wide;
         }

@@ -13,7 +13,7 @@ from seqkern.ops import _backend
 from seqkern.ops._attention_backends import CPU_READY
 from seqkern.ops.attention import NEEDS
 from seqkern.spec import attention as spec
-from seqkern.testing_attention import OPTIONS, SHAPES, check, make_case
+from seqkern.testing_attention import OPTIONS, check, draw_options, make_case
 
 PACKED = ((2, 3), (0, 2), (3, 0), (4, 5))
 forward = torch.ops.seqkern.attention
@@ -234,23 +234,8 @@ def test_autocast_is_torchs():
     Dv=st.integers(1, 9),
 )
 def test_any_shape_and_options(data, B, groups, Hkv, L, S, D, Dv):
-    case = make_case(
-        B=B,
-        Hq=groups * Hkv,
-        Hkv=Hkv,
-        L=L,
-        S=S,
-        D=D,
-        Dv=Dv,
-        mask=data.draw(st.sampled_from(["", *SHAPES])),
-        bias=data.draw(st.sampled_from(["", *SHAPES])),
-        causal=data.draw(st.sampled_from(["", "top-left", "bottom-right"])),
-        window=data.draw(st.tuples(st.integers(-1, 4), st.integers(-1, 4))),
-        softcap=data.draw(st.sampled_from([0.0, 1.0])),
-        alibi=data.draw(st.integers(0, 2)),
-        sinks=data.draw(st.booleans()),
-        dropout_p=data.draw(st.sampled_from([0.0, 0.4])),
-    )
+    sizes = {"B": B, "Hq": groups * Hkv, "Hkv": Hkv, "L": L, "S": S, "D": D, "Dv": Dv}
+    case = make_case(**sizes, **draw_options(data.draw, st, 4))
     check(case)
 
 

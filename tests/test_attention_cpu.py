@@ -16,7 +16,18 @@ from seqkern.ops.attention import NEEDS
 from seqkern.spec import attention as spec
 from seqkern.spec.attention import Tensors
 from seqkern.testing import assert_close, relative_rms
-from seqkern.testing_attention import OPTIONS, SHAPES, Case, check, make_case, run
+from seqkern.testing_attention import (
+    BANDS,
+    LAYOUTS,
+    OPTIONS,
+    SHAPES,
+    Case,
+    check,
+    draw_options,
+    laid_out,
+    make_case,
+    run,
+)
 
 NATIVE = _library.native()
 pytestmark = [pytest.mark.native, pytest.mark.built]
@@ -28,15 +39,6 @@ SIZES = {
     "blocks": {"Hq": 3, "Hkv": 3, "L": 70, "S": 300, "D": 40, "Dv": 17},
     "split": {"B": 1, "Hq": 8, "Hkv": 1, "L": 3, "S": 2100, "D": 20},
     "chunks": {"B": 1, "Hq": 2, "Hkv": 1, "L": 130, "S": 530, "D": 64},
-}
-BANDS = {
-    "causal": {"causal": "top-left"},
-    "bottom-right": {"causal": "bottom-right"},
-    "window": {"window": (40, 10)},
-    "narrow window": {"window": (5, 0)},
-    "left of causal": {"window": (50, -1), "causal": "top-left"},
-    "window to the right": {"window": (-1, 35)},
-    "far window": {"window": (2**40, 2**40)},
 }
 
 
@@ -134,17 +136,7 @@ def test_small_and_empty(options, shape):
     Dv=st.integers(1, 70),
 )
 def test_any_shape_and_options(data, dtype, B, groups, Hkv, L, S, D, Dv):
-    shapes = st.sampled_from(["", *SHAPES])
-    drawn = {
-        "mask": data.draw(shapes),
-        "bias": data.draw(shapes),
-        "causal": data.draw(st.sampled_from(["", "top-left", "bottom-right"])),
-        "window": data.draw(st.tuples(st.integers(-1, 90), st.integers(-1, 90))),
-        "softcap": data.draw(st.sampled_from([0.0, 1.0])),
-        "alibi": data.draw(st.integers(0, 2)),
-        "sinks": data.draw(st.booleans()),
-        "dropout_p": data.draw(st.sampled_from([0.0, 0.4])),
-    }
+    drawn = draw_options(data.draw, st, 90)
     sizes = {"B": B, "Hq": groups * Hkv, "Hkv": Hkv, "L": L, "S": S, "D": D, "Dv": Dv}
     check([make_case(dtype, **sizes, **drawn, seed=seed) for seed in range(4)])
 
@@ -152,22 +144,8 @@ def test_any_shape_and_options(data, dtype, B, groups, Hkv, L, S, D, Dv):
 # strides and memory
 
 
-def laid_out(x, how):
-    if how == "heads last":
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if how == "rows last":
-        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-    if how == "gapped":
-        return torch.stack((x, torch.full_like(x, 1)), dim=-1)[..., 0]
-    if how == "expanded":
-        return x[:1].expand(x.shape)
-    wide = torch.empty(x.numel() + 1, dtype=x.dtype)  # "offset": no alignment
-    wide[1:] = x.reshape(-1)
-    return wide[1:].view(x.shape)
-
-
 @pytest.mark.parametrize("L", [3, 37])
-@pytest.mark.parametrize("how", ["heads last", "rows last", "gapped", "expanded", "offset"])
+@pytest.mark.parametrize("how", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
 def test_strides(dtype, how, L):
     case = make_case(dtype, Hq=2, Hkv=2, L=L, S=37, D=16, mask="full", bias="full", sinks=True)
@@ -231,6 +209,30 @@ def test_gradient_of_the_weights(isa, dtype, options, weights):
             assert relative_rms(d, reference) < (1e-11 if dtype == torch.float64 else 5e-6), name
 
 
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("extra", [torch.float64, torch.float16, torch.float32], ids=named)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
+def test_bias_slopes_and_sinks_of_a_dtype_of_their_own(dtype, extra, shape):
+    case = make_case(dtype, L=9, S=40, D=16, bias=shape, alibi=1, sinks=True)
+    t = case.tensors
+    own = {name: getattr(t, name).to(extra) for name in ("bias", "alibi_slopes", "sinks")}
+    found = run(Case(t._replace(**own), case.options, case.grads))
+    assert all(found[f"d_{name}"].dtype == extra for name in own)
+    same = {name: x.to(torch.float32) for name, x in own.items()}
+    want = run(Case(t._replace(**same), case.options, case.grads))
+    for name, x in want.items():
+        torch.testing.assert_close(found[name].to(x.dtype), x, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("along", [2, 3], ids=["queries", "keys"])
+def test_gradient_of_an_expanded_bias_has_its_shape(along):
+    case = make_case(L=9, S=40, D=16, bias="full")
+    bias = case.tensors.bias
+    assert bias is not None
+    bias = bias.narrow(along, 0, 1).expand(bias.shape)
+    check(Case(case.tensors._replace(bias=bias), case.options, case.grads))
+
+
 def test_fully_hidden_rows_are_zero_and_take_no_gradient():
     q, k, v = (torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3))
     mask = torch.ones(1, 1, 40, 40, dtype=torch.bool)
@@ -269,7 +271,7 @@ def test_what_is_not_finite_travels_as_in_torch(which, value):
     assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
 
 
-def test_errors_write_nothing():
+def test_the_op_checks_what_it_reads():
     q, k, v = make_case().tensors[:3]
     seed = torch.tensor([1])
     for wrong, says in (

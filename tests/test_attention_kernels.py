@@ -19,7 +19,7 @@ from seqkern.ops.attention import NEEDS, empty_outputs, run_triton, run_triton_b
 from seqkern.spec import attention as spec
 from seqkern.spec.attention import Tensors
 from seqkern.testing import assert_close, relative_rms
-from seqkern.testing_attention import OPTIONS, SHAPES, Case, check, run
+from seqkern.testing_attention import BANDS, LAYOUTS, OPTIONS, Case, check, draw_options, laid_out, run
 from seqkern.testing_attention import make_case as make_case_on_cpu
 
 pytestmark = [
@@ -35,16 +35,6 @@ HALVES = (torch.float16,) if DEVICE == "cpu" else (torch.float16, torch.bfloat16
 DTYPES = (torch.float32, *HALVES)
 PACKED = ((2, 3), (0, 2), (3, 0), (36, 33))
 SMALL = {"Hq": 2, "Hkv": 1, "L": 36, "S": 33, "D": 20, "Dv": 17}
-# of several blocks along both axes, wholly visible, partly visible and skipped
-BANDS = {
-    "causal": {"causal": "top-left"},
-    "bottom-right": {"causal": "bottom-right"},
-    "window": {"window": (40, 10)},
-    "narrow window": {"window": (5, 0)},
-    "left of causal": {"window": (50, -1), "causal": "top-left"},
-    "window to the right": {"window": (-1, 35)},
-    "far window": {"window": (2**40, 2**40)},
-}
 kernels = (run_triton, run_triton_backward)
 
 
@@ -116,26 +106,8 @@ def test_small_and_empty(options, shape):
     Dv=st.integers(1, 40),
 )
 def test_any_shape_and_options(data, dtype, groups, L, S, D, Dv):
-    shapes = st.sampled_from(["", *SHAPES])
-    draw = partial(
-        make_case,
-        dtype,
-        B=2,
-        Hq=groups,
-        Hkv=1,
-        L=L,
-        S=S,
-        D=D,
-        Dv=Dv,
-        mask=data.draw(shapes),
-        bias=data.draw(shapes),
-        causal=data.draw(st.sampled_from(["", "top-left", "bottom-right"])),
-        window=data.draw(st.tuples(st.integers(-1, 40), st.integers(-1, 40))),
-        softcap=data.draw(st.sampled_from([0.0, 1.0])),
-        alibi=data.draw(st.integers(0, 2)),
-        sinks=data.draw(st.booleans()),
-        dropout_p=data.draw(st.sampled_from([0.0, 0.4])),
-    )
+    sizes = {"B": 2, "Hq": groups, "Hkv": 1, "L": L, "S": S, "D": D, "Dv": Dv}
+    draw = partial(make_case, dtype, **sizes, **draw_options(data.draw, st, 40))
     check([draw(seed=seed) for seed in range(4)], *kernels)
 
 
@@ -182,19 +154,7 @@ def test_weights(options, weights):
     assert relative_rms(got, want) < 1e-6
 
 
-def laid_out(x, how):
-    if how == "heads last":
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if how == "gapped":
-        return torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0]
-    if how == "expanded":
-        return x[:1].expand(x.shape)
-    wide = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)  # "offset": no alignment
-    wide[1:] = x.reshape(-1)
-    return wide[1:].view(x.shape)
-
-
-@pytest.mark.parametrize("how", ["heads last", "gapped", "expanded", "offset"])
+@pytest.mark.parametrize("how", [how for how in LAYOUTS if how != "rows last"])
 def test_strides(how):
     case = make_case(Hq=2, Hkv=2, L=9, S=9, D=16, mask="full", bias="full", sinks=True)
     t = Tensors(*(x if x is None or x.dim() < 4 else laid_out(x, how) for x in case.tensors))

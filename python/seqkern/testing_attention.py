@@ -43,6 +43,48 @@ OPTIONS: dict[str, dict] = {
     },
 }
 
+# Of several blocks along both axes, wholly visible, partly visible and skipped.
+BANDS: dict[str, dict] = {
+    "causal": {"causal": "top-left"},
+    "bottom-right": {"causal": "bottom-right"},
+    "window": {"window": (40, 10)},
+    "narrow window": {"window": (5, 0)},
+    "left of causal": {"window": (50, -1), "causal": "top-left"},
+    "window to the right": {"window": (-1, 35)},
+    "far window": {"window": (2**40, 2**40)},
+}
+LAYOUTS = ("heads last", "rows last", "gapped", "expanded", "offset")
+
+
+def laid_out(x: Tensor, how: str) -> Tensor:
+    """A 4-D tensor in one of `LAYOUTS`, of the same values; "expanded" repeats the first of the batch."""
+    if how == "heads last":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if how == "rows last":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if how == "gapped":
+        return torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0]
+    if how == "expanded":
+        return x[:1].expand(x.shape)
+    wide = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)  # "offset": no alignment
+    wide[1:] = x.reshape(-1)
+    return wide[1:].view(x.shape)
+
+
+def draw_options(draw: Callable, st, reach: int) -> dict:
+    """Options of `make_case` from hypothesis' strategies ``st``; windows of up to ``reach`` keys to a side."""
+    side, shape = st.integers(-1, reach), st.sampled_from(["", *SHAPES])
+    return {
+        "mask": draw(shape),
+        "bias": draw(shape),
+        "causal": draw(st.sampled_from(["", "top-left", "bottom-right"])),
+        "window": draw(st.tuples(side, side)),
+        "softcap": draw(st.sampled_from([0.0, 1.0])),
+        "alibi": draw(st.integers(0, 2)),
+        "sinks": draw(st.booleans()),
+        "dropout_p": draw(st.sampled_from([0.0, 0.4])),
+    }
+
 
 @dataclass(frozen=True)
 class Case:
