@@ -163,8 +163,9 @@ struct Scores {
     SK_INLINE Vec<A> changed(Vec<A> v, I from, Vec<A> added, Vec<A> slope, Vec<A> shown, A* cap_slope) const {
         const Vec<A> hidden = Vec<A>{} - static_cast<A>(__builtin_inf());
         if (c.softcap > 0) {
-            const Vec<A> t = tanh<A>(v);
-            if (cap_slope) store<A>(cap_slope, 1 - t * t);
+            Vec<A> of_cap;
+            const Vec<A> t = tanh<A>(v, cap_slope ? &of_cap : nullptr);
+            if (cap_slope) store<A>(cap_slope, of_cap);
             v = t * static_cast<A>(c.softcap * LOG2E);
         }
         if (c.bias.p) v += added * static_cast<A>(LOG2E);

@@ -134,17 +134,24 @@ SK_INLINE Vec<A> sigmoid(Vec<A> x) {
     return one / (scale * (poly + one) + one);
 }
 
-// With e = expm1(-2|x|): |tanh| = -e / (e + 2), which keeps its relative accuracy near zero. The sign is x's.
+// With e = expm1(-2|x|): |tanh| = -e / (e + 2), which keeps its relative accuracy near zero, and its slope is
+// 4 (e + 1) / (e + 2)^2, which keeps it far from there, where 1 - tanh^2 would cancel. The sign is x's.
 template <class A>
-SK_INLINE Vec<A> tanh(Vec<A> x) {
+SK_INLINE Vec<A> tanh(Vec<A> x, Vec<A>* slope) {
     using T = ExpTable<A>;
     using I = typename Simd<A>::I;
     const I sign = (I)(-Vec<A>{});
     Vec<A> y = (Vec<A>)((I)x | sign), scale, poly;
-    exp_parts<A>(at_least<A>(y + y, -T::tanh_limit), scale, poly);
-    Vec<A> e = scale * poly + (scale - static_cast<A>(1));
-    Vec<A> t = e / (e + static_cast<A>(2));
+    exp_parts<A>(at_least<A>(y + y, slope ? T::lowest : -T::tanh_limit), scale, poly);
+    const Vec<A> e = scale * poly + (scale - static_cast<A>(1)), below = e + static_cast<A>(2);
+    const Vec<A> t = e / below;
+    if (slope) *slope = (scale * poly + scale) * static_cast<A>(4) / (below * below);
     return (Vec<A>)(((I)t & ~sign) | ((I)x & sign));
+}
+
+template <class A>
+SK_INLINE Vec<A> tanh(Vec<A> x) {
+    return tanh<A>(x, nullptr);
 }
 
 }  // namespace SEQKERN_ISA
