@@ -154,8 +154,9 @@ struct Scores {
         if (c.mask.p) mask.template keys<unsigned char>(half, first, count, shown);
         for (long k = 0; k < count; ++k) {
             const I from = static_cast<Lane>(first + k) - place[half];
-            store<A>(x + k * ld, changed(load<A>(x + k * ld), from, added[k], slope[half], shown[k],
-                                         cap_slope ? cap_slope + k * ld : nullptr));
+            const Vec<A> add = c.bias.p ? added[k] : Vec<A>{}, show = c.mask.p ? shown[k] : Vec<A>{};
+            A* to_slope = cap_slope ? cap_slope + k * ld : nullptr;
+            store<A>(x + k * ld, changed(load<A>(x + k * ld), from, add, slope[half], show, to_slope));
         }
     }
 
