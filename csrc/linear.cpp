@@ -1,11 +1,30 @@
-// seqkern::linear on the CPU. The schema stands in python/seqkern/ops/linear.py.
+// seqkern::linear and seqkern::mm on the CPU. The schemas stand in python/seqkern/ops/linear.py.
+#include <algorithm>
+
 #include "tensors.h"
 
 namespace {
 
 using namespace seqkern;
 
-Tensor linear_op(Tensor input, Tensor weight, Maybe bias) {
+// Rows for which weights are read once and as they lie rather than packed.
+constexpr long FEW_ROWS = 16, FEW_ROWS_OF_16_BITS = 4;
+
+// A matrix whose rows or, `by_column`, columns are in one piece; a copy where it is neither.
+struct Matrix {
+    Tensor kept;
+    bool by_column;
+
+    explicit Matrix(const Tensor& t) : kept(t), by_column(false) {
+        if (t.stride(1) == 1 || t.size(1) <= 1) return;
+        by_column = t.stride(0) == 1 || t.size(0) <= 1;
+        if (!by_column) kept = torch::stable::contiguous(t);
+    }
+    const void* data() const { return kept.const_data_ptr(); }
+    int64_t ld() const { return std::max<int64_t>(1, kept.stride(by_column ? 1 : 0)); }
+};
+
+Tensor linear_op(Tensor input, Tensor weight, Maybe bias, int64_t activation) {
     SK_REQUIRE(input.dim() >= 1 && weight.dim() == 2, "input has ", input.dim(), " dimensions and weight ",
                weight.dim(), ", expected at least 1, and 2");
     LinearCall call{};
@@ -19,25 +38,67 @@ Tensor linear_op(Tensor input, Tensor weight, Maybe bias) {
     if (bias)
         SK_REQUIRE(bias->dim() == 1 && bias->size(0) == call.N, "bias has sizes ", written(bias->sizes()),
                    ", expected [", call.N, "]");
+    const auto act = static_cast<Activation>(activation);
+    SK_REQUIRE(act == Activation::none || act == Activation::relu ||
+                   (act == Activation::gelu && call.dtype != Dtype::f64),
+               "activation is ", activation, ", expected 0, 1 (relu) or, not for float64, 2 (gelu)");
     const Tensor x = lies_plain(input) ? input : torch::stable::contiguous(input);
-    const bool in_one_piece = weight.stride(1) == 1 || call.K == 1;
-    const Tensor w = in_one_piece ? weight : torch::stable::contiguous(weight);
-    const Maybe b = !bias || lies_plain(*bias) ? bias : Maybe(torch::stable::contiguous(*bias));
+    Maybe b = bias;
+    if (b && !lies_plain(*b)) b = torch::stable::contiguous(*b);
     Sizes sizes;
     for (int64_t size : input.sizes()) sizes.push_back(size);
     sizes.back() = call.N;
     Tensor output = empty(input, sizes);
     call.rows = input.numel() / call.K;
     if (output.numel() == 0) return output;
-    call.x = x.const_data_ptr();
-    call.w = w.const_data_ptr();
-    call.ld_w = w.stride(0);
-    call.bias = b ? b->const_data_ptr() : nullptr;
-    call.y = output.mutable_data_ptr();
-    seqkern::linear(call);
+    const bool narrow = call.dtype == Dtype::bf16 || call.dtype == Dtype::f16;
+    if (call.rows <= (narrow ? FEW_ROWS_OF_16_BITS : FEW_ROWS)) {
+        const bool in_one_piece = weight.stride(1) == 1 || call.K == 1;
+        const Tensor w = in_one_piece ? weight : torch::stable::contiguous(weight);
+        call.x = x.const_data_ptr();
+        call.w = w.const_data_ptr();
+        call.ld_w = w.stride(0);
+        call.bias = b ? b->const_data_ptr() : nullptr;
+        call.activation = act;
+        call.y = output.mutable_data_ptr();
+        seqkern::linear(call);
+        return output;
+    }
+    const Matrix w(weight);
+    Product product{};
+    product.dtype = call.dtype;
+    product.rows = call.rows, product.columns = call.N, product.depth = call.K;
+    product.a = x.const_data_ptr(), product.ld_a = call.K;
+    product.b = w.data(), product.ld_b = w.ld(), product.b_by_depth = w.by_column;
+    product.bias = b ? b->const_data_ptr() : nullptr;
+    product.activation = act;
+    product.out = output.mutable_data_ptr();
+    seqkern::product(product);
+    return output;
+}
+
+Tensor mm_op(Tensor a, Tensor b) {
+    SK_REQUIRE(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0) && a.size(1) > 0, "a has sizes ",
+               written(a.sizes()), " and b ", written(b.sizes()),
+               ", expected [R, K] and [K, C] with K above 0");
+    SK_REQUIRE(a.is_cpu() && b.is_cpu() && a.scalar_type() == b.scalar_type(),
+               "a and b must be on the CPU and of one dtype");
+    Tensor output = empty(a, {a.size(0), b.size(1)});
+    if (output.numel() == 0) return output;
+    const Matrix of_a(a), of_b(b);
+    Product product{};
+    product.dtype = dtype_of(a);
+    product.rows = a.size(0), product.columns = b.size(1), product.depth = a.size(1);
+    product.a = of_a.data(), product.ld_a = of_a.ld(), product.a_by_depth = of_a.by_column;
+    product.b = of_b.data(), product.ld_b = of_b.ld(), product.b_by_depth = !of_b.by_column;
+    product.out = output.mutable_data_ptr();
+    seqkern::product(product);
     return output;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) { m.impl("linear", TORCH_BOX(&linear_op)); }
+STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
+    m.impl("linear", TORCH_BOX(&linear_op));
+    m.impl("mm", TORCH_BOX(&mm_op));
+}

@@ -72,6 +72,7 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "The compiled kernels of seqkern: the ISA in use, and probes for tests and benchmarks.";
     m.def("isa", [] { return seqkern::kernels().name; }, "The ISA in use.");
     m.def("isas", &seqkern::isas, "What this machine can run, the best last.");
+    m.def("cpu_vendor", &seqkern::cpu_vendor, "amd, intel, or empty for another.");
     m.def("force_isa", &seqkern::force_isa, py::arg("name").none(true),
           "Uses this ISA from now on; None: the best. ValueError if it is not among isas().");
     m.def("num_threads", &seqkern::max_threads, "How many threads a large call from this thread uses.");

@@ -1,5 +1,7 @@
 """functional.linear: torch's results on every backend and instruction set, and the rows for which it is ours."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,10 +9,12 @@ import torch.nn.functional as F
 import seqkern
 from seqkern.functional import linear
 from seqkern.ops import _backend
+from seqkern.ops import linear as products
 from seqkern.testing import DTYPES, poison, relative_rms, tolerance, worst
 
-ROWS = (1, 2, 3, 4, 5, 8, 17)
-SIZES = [(1, 1), (3, 5), (16, 16), (17, 33), (100, 7), (512, 70), (65, 130)]
+ROWS = (1, 2, 3, 4, 5, 8, 17, 61)
+SIZES = [(1, 1), (3, 5), (16, 16), (17, 33), (100, 7), (512, 70), (65, 130), (1100, 40)]
+ACTIVATIONS = {None: lambda x: x, "relu": F.relu, "gelu": F.gelu}
 
 
 def case(rows, K, N, dtype, bias=True):
@@ -22,8 +26,12 @@ def wide(tensors):
     return tuple(t if t is None else t.double() for t in tensors)
 
 
-def hold(got, tensors):
-    exact, theirs = F.linear(*wide(tensors)), F.linear(*tensors)
+def few(dtype):
+    return _backend.FEW_ROWS if dtype.itemsize > 2 else _backend.FEW_ROWS_OF_16_BITS
+
+
+def hold(got, tensors, function=F.linear):
+    exact, theirs = function(*wide(tensors)), function(*tensors)
     assert (got.shape, got.dtype) == (theirs.shape, theirs.dtype)
     error, allowed = relative_rms(got, exact), tolerance(got.dtype, relative_rms(theirs, exact))
     assert error <= allowed, f"{error:.3g} > {allowed:.3g} at {worst(got, exact)}"
@@ -38,6 +46,52 @@ def test_as_torch(run_on, dtype, bias):
             tensors = case(rows, K, N, dtype, bias)
             poison(torch.empty(rows, N, dtype=dtype))
             hold(linear(*tensors), tensors)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_activation_behind_it(run_on, dtype, activation):
+    for rows in (1, 3, 40):
+        tensors = case(rows, 33, 70, dtype)
+        poison(torch.empty(rows, 70, dtype=dtype))
+        got = linear(*tensors, activation)
+        hold(got, tensors, lambda *tensors: ACTIVATIONS[activation](F.linear(*tensors)))
+
+
+@pytest.mark.native
+@pytest.mark.built
+def test_gelu_keeps_the_digits_of_its_tails():
+    x = torch.cat([torch.linspace(-13, 13, 20001), torch.tensor([0.0, -0.0, 100.0, -100.0])])
+    with seqkern.backend("cpu"):
+        for rows in (x.view(-1, 1), x.view(1, -1).T[: _backend.FEW_ROWS]):
+            got = linear(rows, torch.ones(1, 1), activation="gelu")
+            wide = rows.double()
+            exact = wide / 2 * torch.special.erfc(-wide / 2**0.5)
+            allowed = (4e-7 + 2e-7 * wide**2) * exact.abs() + 1e-37  # x^2 / 2 is rounded before exp
+            assert ((got - exact).abs() <= allowed).all()
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_any_layout(run_on, dtype):
+    """As gradients need them: each factor by rows, by columns, or in pieces."""
+    for R, K, C in ((1, 1, 1), (5, 3, 2), (61, 34, 70), (33, 1100, 20), (130, 17, 33)):
+        a, b = torch.randn(R, K).to(dtype), torch.randn(K, C).to(dtype)
+        for layout_a, layout_b in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 2)):
+            tensors = laid(a, layout_a), laid(b, layout_b)
+            poison(torch.empty(R, C, dtype=dtype))
+            hold(
+                torch.ops.seqkern.mm.default(*tensors) if run_on != "torch" else torch.mm(*tensors),
+                tensors,
+                torch.mm,
+            )
+
+
+def laid(x, layout):
+    if layout == 0:
+        return x
+    return x.T.contiguous().T if layout == 1 else x.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2]
 
 
 @pytest.mark.native
@@ -60,19 +114,25 @@ def test_any_strides(run_on):
 
 @pytest.mark.native
 @pytest.mark.built
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_is_the_same_among_others_and_on_any_number_of_threads(dtype):
-    x, weight, bias = case(11, 70, 900, dtype)
+def test_a_row_is_the_same_among_others_and_on_any_number_of_threads(dtype, many):
+    rows = 300 if many else few(dtype)
+    x, weight, bias = case(rows, 70, 900, dtype)
     threads, found = torch.get_num_threads(), []
     with seqkern.backend("cpu"):
         try:
-            for n in (1, 2, 3):
+            for n in (1, 2, 3, 5):
                 torch.set_num_threads(n)
                 found.append(linear(x, weight, bias))
         finally:
             torch.set_num_threads(threads)
         assert all(torch.equal(found[0], other) for other in found[1:])
-        assert torch.equal(found[0], torch.stack([linear(row, weight, bias) for row in x]))
+        parts = x.split(few(dtype) + 13 if many else 1)
+        assert torch.equal(
+            found[0],
+            torch.cat([linear(part, weight, bias) for part in parts[:-1]] + [found[0][-len(parts[-1]) :]]),
+        )
 
 
 @pytest.mark.native
@@ -100,6 +160,11 @@ def test_errors_are_torchs(name):
         linear(*BAD[name])
 
 
+def test_an_unknown_activation():
+    with pytest.raises(ValueError, match="'tanh', expected 'relu', 'gelu' or None"):
+        linear(torch.zeros(2, 3), torch.zeros(4, 3), activation="tanh")
+
+
 def test_what_torch_takes_beside_a_linear_layer():
     vector = torch.randn(5), torch.randn(5)
     torch.testing.assert_close(linear(*vector), F.linear(*vector))
@@ -109,28 +174,61 @@ def test_what_torch_takes_beside_a_linear_layer():
 
 
 def chosen(*tensors):
-    with _backend.watch() as seen:
-        linear(*tensors)
-    return seen[-1][1]
+    return _backend.pick(_backend.Call("linear", tensors))
 
 
 @pytest.mark.built
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_whose_rows_are_whose(dtype):
-    most = _backend.FEW_ROWS if dtype.itemsize > 2 else _backend.FEW_ROWS_OF_16_BITS
-    few, many = (case(rows, 500, 500, dtype) for rows in (most, most + 1))
-    assert chosen(*few).name == "cpu"
-    hold(linear(*few), few)
-    assert chosen(*many) == ("torch", (("cpu", "a linear layer of many rows is faster on torch's kernel"),))
+def test_whose_rows_are_whose(dtype, dense, monkeypatch):
+    monkeypatch.setattr(_backend, "DENSE", dense)
+    monkeypatch.setattr(_backend, "BF16_DOT", True)
+    most = few(dtype)
+    fewest, next_, many = (case(rows, 500, 500, dtype) for rows in (most, most + 1, 600))
+    assert chosen(*fewest).name == "cpu"
+    hold(linear(*fewest), fewest)
+    packed = dense and dtype in (torch.float32, torch.bfloat16)
+    assert chosen(*next_).name == "torch"  # 8.5 MFLOP at most
+    assert chosen(*many).name == ("cpu" if packed and dtype is torch.float32 else "torch")
+    assert chosen(*case(400, 500, 500, dtype)).name == ("cpu" if packed else "torch")
     assert chosen(*case(1, 500, 499, dtype)).name == "torch"
-    needing = few[0].clone().requires_grad_(), *few[1:]
-    assert chosen(*needing).name == "torch"
-    assert linear(*needing).requires_grad
-    with torch.no_grad():
-        assert chosen(*needing).name == "cpu"
+    if not dense:
+        assert chosen(*next_).declined == (
+            ("cpu", "a linear layer of many rows is faster on torch's kernel"),
+        )
+    for tensors, name in ((fewest, "torch"), (many, "cpu" if packed and dtype is torch.float32 else "torch")):
+        needing = tensors[0].clone().requires_grad_(), *tensors[1:]
+        assert chosen(*needing).name == name
+        assert linear(*needing).requires_grad
+        with torch.no_grad():
+            assert chosen(*needing).name == chosen(*tensors).name
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert chosen(*few).name == "torch"
-        assert linear(*few).dtype == F.linear(*few).dtype
+        assert chosen(*fewest).name == "torch"
+        assert linear(*fewest).dtype == F.linear(*fewest).dtype
+
+
+@pytest.mark.native
+@pytest.mark.built
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rows", [3, products.ROWS_WORTH_A_GRADIENT + 3])
+def test_gradients(rows, activation):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        tensors = case(rows, 33, 40, dtype)
+        dy = torch.randn(rows, 40).to(dtype)
+
+        def gradients(function, tensors, dy):
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            function(*leaves).backward(dy)
+            return [t.grad for t in leaves]
+
+        def theirs(*tensors):
+            return ACTIVATIONS[activation](F.linear(*tensors))
+
+        with seqkern.backend("cpu"):
+            got = gradients(lambda *t: linear(*t, activation), tensors, dy)
+        exact, of_torch = gradients(theirs, wide(tensors), dy.double()), gradients(theirs, tensors, dy)
+        for ours, right, their in zip(got, exact, of_torch):
+            assert relative_rms(ours, right) <= tolerance(dtype, relative_rms(their, right))
 
 
 @pytest.mark.built
@@ -138,9 +236,16 @@ def test_the_op_is_whole():
     x, weight, bias = (t.requires_grad_() for t in case(3, 5, 4, torch.float64))
     torch.library.opcheck(torch.ops.seqkern.linear.default, (x, weight, bias))
     torch.library.opcheck(torch.ops.seqkern.linear.default, (x, weight, None))
+    torch.library.opcheck(torch.ops.seqkern.linear.default, (x, weight, bias, 1))
+    single = tuple(t.detach().float().requires_grad_() for t in (x, weight, bias))
+    torch.library.opcheck(torch.ops.seqkern.linear.default, (*single, 2))
+    torch.library.opcheck(torch.ops.seqkern.mm.default, (x, weight.detach().T.requires_grad_()))
     with seqkern.backend("cpu"):
         assert torch.autograd.gradcheck(linear, (x[None], weight, bias))
         assert torch.autograd.gradgradcheck(linear, (x, weight, bias))
+        for activation in ("relu", "gelu"):
+            assert torch.autograd.gradcheck(partial(linear, activation=activation), (x, weight, bias))
+            assert torch.autograd.gradgradcheck(partial(linear, activation=activation), (x, weight, bias))
 
 
 def test_transforms_and_compilers():

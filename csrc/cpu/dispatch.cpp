@@ -48,7 +48,7 @@ const std::vector<Isa>& tables() {
             {"baseline", isa_baseline_table, attention_baseline_table, linear_baseline_table},
             {"avx2", isa_avx2_table, attention_avx2_table, linear_avx2_table},
             {"avx512", isa_avx512_table, attention_avx512_table, linear_avx512_table},
-            {"avx512bf16", isa_avx512bf16_table, attention_avx512_table, linear_avx512_table},
+            {"avx512bf16", isa_avx512bf16_table, attention_avx512_table, linear_avx512bf16_table},
         };
         // A table is asked for only where it runs: making it may take instructions of its own.
         std::vector<Isa> list;
@@ -95,6 +95,10 @@ int threads_for(const AttentionBackward& c) { return threads_worth(2.5 * flop(c)
 
 int threads_for(const LinearCall& c) {
     return threads_worth(2.0 * static_cast<double>(c.rows) * static_cast<double>(c.K * c.N));
+}
+
+int threads_for(const Product& c) {
+    return threads_worth(2.0 * static_cast<double>(c.rows) * static_cast<double>(c.columns * c.depth));
 }
 
 int threads_for(const Layer& c) {
@@ -159,6 +163,15 @@ std::vector<std::string> isas() {
     return names;
 }
 
+std::string cpu_vendor() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_is("amd")) return "amd";
+    if (__builtin_cpu_is("intel")) return "intel";
+#endif
+    return "";
+}
+
 void force_isa(const std::optional<std::string>& name) {
     if (!name) {
         forced_isa = nullptr;
@@ -221,6 +234,8 @@ void linear(const LinearCall& call) {
     const LinearTable& table = *in_use().linear;
     run(call, table.shared_bytes(call), table.run);
 }
+
+void product(const Product& call) { run(call, 0, in_use().linear->product); }
 
 double fma_peak(double seconds) {
     Probe probe{kernels(), seconds, nullptr, 0};

@@ -12,6 +12,7 @@
 namespace seqkern {
 
 std::vector<std::string> isas();                         // compiled in and run by this machine, the best last
+std::string cpu_vendor();                                // "amd", "intel" or another: ""
 void force_isa(const std::optional<std::string>& name);  // std::invalid_argument where it is not among them
 const KernelTable& kernels();                            // in use
 
@@ -25,6 +26,7 @@ void backward(const BackwardCall& call);
 void attention_forward(const AttentionForward& call);
 void attention_backward(const AttentionBackward& call);
 void linear(const LinearCall& call);
+void product(const Product& call);
 
 double fma_peak(double seconds);                             // GFLOP/s, all threads, float32
 double read_bandwidth(unsigned long bytes, double seconds);  // GB/s, all threads, each its own share

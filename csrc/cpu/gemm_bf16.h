@@ -56,6 +56,18 @@ struct Factor<bfloat> {
     static SK_INLINE Each masked(Each x, Mask mask) { return x & mask; }
 };
 
+// What the matmuls multiply: bfloats as they are where one instruction multiplies them, else A.
+template <class A, class S>
+struct FactorsOf {
+    using E = A;
+};
+#ifdef SEQKERN_BF16_DOT
+template <>
+struct FactorsOf<float, bfloat> {
+    using E = bfloat;
+};
+#endif
+
 // The bfloats of n numbers, one in each lane, zeros behind them.
 template <class S>
 SK_INLINE typename Simd<float>::U bfloat_bits(const S* p, long n) {

@@ -3,6 +3,7 @@
 
 #include "gemv.h"
 #include "linear_call.h"
+#include "linear_dense.h"
 #include "parallel.h"
 
 namespace seqkern {
@@ -25,7 +26,7 @@ unsigned long linear_bytes(const LinearCall& c) {
 template <class A, class S>
 SK_INLINE void linear_put(const LinearCall& c, long row, long j0, long count, Vec<A> out) {
     if (c.bias) out += load_n<A>(static_cast<const S*>(c.bias) + j0, count);
-    store_n<A>(static_cast<S*>(c.y) + row * c.N + j0, out, count);
+    store_n<A>(static_cast<S*>(c.y) + row * c.N + j0, activated<A>(c.activation, out), count);
 }
 
 template <class A, class S, int M, int AHEAD>
@@ -91,7 +92,13 @@ static void linear(const LinearCall& c, char* shared, const Team& team) {
 #undef SK_CALL
 }
 
-static const LinearTable linear_table = {linear_shared, linear};
+static void product(const Product& c, char*, const Team& team) {
+#define SK_CALL(A, S) return dense_run<A, S>(c, team)
+    SK_FOR_STORAGE(c.dtype, SK_CALL)
+#undef SK_CALL
+}
+
+static const LinearTable linear_table = {linear_shared, linear, product};
 
 }  // namespace SEQKERN_ISA
 }  // namespace seqkern

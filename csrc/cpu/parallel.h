@@ -47,6 +47,19 @@ SK_INLINE bool all_ready(const Team& team, const void* scratch) {
     return !__atomic_load_n(team.failed, __ATOMIC_RELAXED);
 }
 
+// Hands out 64-byte aligned pieces; with base null it only counts.
+struct Arena {
+    char* base;
+    unsigned long used = 0;
+
+    template <class A>
+    A* take(long n) {
+        A* p = reinterpret_cast<A*>(base + used);
+        used += (static_cast<unsigned long>(n) * sizeof(A) + 63) / 64 * 64;
+        return base ? p : nullptr;
+    }
+};
+
 struct Range {
     long begin, end;
 };

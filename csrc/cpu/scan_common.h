@@ -16,19 +16,6 @@ struct Math {
     static SK_INLINE Vec<A> tanh(Vec<A> x) { return SEQKERN_ISA::tanh<A>(x); }
 };
 
-// Hands out 64-byte aligned pieces; with base null it only counts.
-struct Arena {
-    char* base;
-    unsigned long used = 0;
-
-    template <class A>
-    A* take(long n) {
-        A* p = reinterpret_cast<A*>(base + used);
-        used += (static_cast<unsigned long>(n) * sizeof(A) + 63) / 64 * 64;
-        return base ? p : nullptr;
-    }
-};
-
 // Hidden units are shared out in blocks of two vectors; a panel of the cell's matmul holds U vectors of each
 // gate.
 template <class CellT, class A>
@@ -46,18 +33,6 @@ struct Shape {
     // A row more than a whole number of blocks: rows a power of two apart would share a few cache sets.
     static long padded(long blocks) { return blocks * BLOCK + n; }
 };
-
-// What the matmuls multiply: bfloats as they are where one instruction multiplies them, else A.
-template <class A, class S>
-struct FactorsOf {
-    using E = A;
-};
-#ifdef SEQKERN_BF16_DOT
-template <>
-struct FactorsOf<float, bfloat> {
-    using E = bfloat;
-};
-#endif
 
 // Row bookkeeping of step t.
 SK_INLINE long active(const Layer& c, long t) { return c.row_start[t + 1] - c.row_start[t]; }

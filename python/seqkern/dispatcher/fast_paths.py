@@ -22,9 +22,6 @@ from seqkern.spec.attention import Options, Tensors
 WORTH_A_LAYER = 100_000_000  # multiplications and additions of both products of the attention
 
 
-_gelu = torch.ops.aten.gelu_.default
-
-
 class _Rows(NamedTuple):
     """Tokens to attend among: dense [B, L, E], or packed [total, E]."""
 
@@ -167,12 +164,12 @@ def encoder_layer(own: Callable) -> Callable:
 
         # In place where the memory is new, as torch's path: there is no gradient to keep anything for.
         def attention(x: Tensor) -> Tensor:
-            output, _ = _attend(rows, F.linear(x, qkv_weight, qkv_bias), num_heads, seen)
-            return F.linear(output, proj_weight, proj_bias)
+            output, _ = _attend(rows, functional.linear(x, qkv_weight, qkv_bias), num_heads, seen)
+            return functional.linear(output, proj_weight, proj_bias)
 
         def feed(x: Tensor) -> Tensor:
-            x = F.linear(x, ffn_weight_1, ffn_bias_1)
-            return F.linear(_gelu(x) if use_gelu else x.relu_(), ffn_weight_2, ffn_bias_2)
+            x = functional.linear(x, ffn_weight_1, ffn_bias_1, "gelu" if use_gelu else "relu")
+            return functional.linear(x, ffn_weight_2, ffn_bias_2)
 
         x = rows.data
         if norm_first:
@@ -210,8 +207,10 @@ def multi_head_attention(own: Callable) -> Callable:
             options = (mask, need_weights, average_attn_weights, mask_type)
             return _torchs_own.call(own, query, key, value, embed_dim, num_head, *params, *options)
         rows, seen = ours
-        output, shares = _attend(rows, F.linear(rows.data, qkv_weight, qkv_bias), num_head, seen, weights)
-        return rows.like(F.linear(output, proj_weight, proj_bias)), shares
+        output, shares = _attend(
+            rows, functional.linear(rows.data, qkv_weight, qkv_bias), num_head, seen, weights
+        )
+        return rows.like(functional.linear(output, proj_weight, proj_bias)), shares
 
     return run
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as TF
 from torch import Tensor
 
-from seqkern.functional import attention
+from seqkern.functional import attention, linear
 from seqkern.ops import _backend
 from seqkern.ops._attention_backends import Wanted
 from seqkern.spec.attention import Options, Tensors
@@ -48,7 +48,7 @@ def attend(module: torch.nn.MultiheadAttention, nested: Tensor, weights) -> tupl
     lengths = sizes[:, 0]
     heads = (module.num_heads, module.head_dim)
     rows = nested.values().view(-1, module.embed_dim)
-    projected = TF.linear(rows, module.in_proj_weight, module.in_proj_bias)
+    projected = linear(rows, module.in_proj_weight, module.in_proj_bias)
     q, k, v = (x.unflatten(1, heads) for x in projected.split(module.embed_dim, dim=1))
     cu = TF.pad(lengths.cumsum(0), (1, 0)).to(rows.device, torch.int32)
     if not weights and _fused(Tensors(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)):
@@ -61,7 +61,7 @@ def attend(module: torch.nn.MultiheadAttention, nested: Tensor, weights) -> tupl
         found = attention(q, k, v, mask=both if weights else real[:, None, None], return_weights=weights)
         found, shares = found if weights else (found, None)
         found = found.transpose(1, 2)[real]
-    output = TF.linear(found.flatten(1), module.out_proj.weight, module.out_proj.bias)
+    output = linear(found.flatten(1), module.out_proj.weight, module.out_proj.bias)
     strides, offsets = nested._nested_tensor_strides(), nested._nested_tensor_storage_offsets()
     return torch._nested_view_from_buffer(output.view(-1), sizes, strides, offsets), shares  # type: ignore[attr-defined]
 

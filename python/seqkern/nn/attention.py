@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as TF
 from torch import Tensor
 
 from seqkern.functional import attention, linear
@@ -115,14 +114,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
             biases = (None, None, None) if b is None else b.split(E)
         elif query is key and key is value:
-            return TF.linear(query, self.in_proj_weight, b).split(E, dim=-1)  # type: ignore[return-value]
+            return linear(query, self.in_proj_weight, b).split(E, dim=-1)  # type: ignore[return-value]
         elif key is value:
             (of_q, of_kv), (b_q, b_kv) = self._in_proj_parts()
-            return TF.linear(query, of_q, b_q), *TF.linear(key, of_kv, b_kv).split(E, dim=-1)  # type: ignore[return-value]
+            return linear(query, of_q, b_q), *linear(key, of_kv, b_kv).split(E, dim=-1)  # type: ignore[return-value]
         else:
             weights = self.in_proj_weight.split(E)
             biases = (None, None, None) if b is None else b.split(E)
-        q, k, v = (TF.linear(x, w, c) for x, w, c in zip((query, key, value), weights, biases))
+        q, k, v = (linear(x, w, c) for x, w, c in zip((query, key, value), weights, biases))
         return q, k, v
 
     def _in_proj_parts(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
@@ -140,7 +139,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _join(self, heads: Tensor, first: int) -> Tensor:
         """[B, H, L, D] -> the output, [B, L, E] or [L, B, E]."""
         x = heads.transpose(1, 2) if first == 0 else heads.permute(2, 0, 1, 3)
-        return TF.linear(x.reshape(*x.shape[:2], self.embed_dim), self.out_proj.weight, self.out_proj.bias)
+        return linear(x.reshape(*x.shape[:2], self.embed_dim), self.out_proj.weight, self.out_proj.bias)
 
     def _with_more(self, x: Tensor, learned: Tensor | None) -> Tensor:
         """[B, H, S, D] with the learned key or value and one of zeros behind, where the module has them."""
@@ -182,7 +181,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def memory_pair(self, memory: Tensor) -> Tensor:
         """Keys and values [B, 2, H, S, D] of a memory [B, S, E]."""
         (_, of_kv), (_, b_kv) = self._in_proj_parts()
-        pair = TF.linear(memory, of_kv, b_kv).unflatten(-1, (2, self.num_heads, self.head_dim))
+        pair = linear(memory, of_kv, b_kv).unflatten(-1, (2, self.num_heads, self.head_dim))
         return pair.permute(0, 2, 3, 1, 4)
 
     def attend_memory(self, x: Tensor, cache: KVCache, layer: int) -> Tensor:

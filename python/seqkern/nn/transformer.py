@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from inspect import signature
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqkern.functional import linear
@@ -32,18 +33,44 @@ def _residual(layer, x: Tensor, *blocks: tuple[nn.Module, Callable[[Tensor], Ten
     return x
 
 
+def _unheard(module: nn.Module, known: type[nn.Module]) -> bool:
+    """Whether calling the module is what its class does, and nobody listens: then its work can be done elsewhere."""
+    if torch.compiler.is_compiling() or type(module) is not known or "forward" in vars(module):
+        return False
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return not (hooks or module._backward_pre_hooks or nn.modules.module._has_any_global_hook())
+
+
+def _linear(module: nn.Module, x: Tensor, activation: str | None = None) -> Tensor:
+    if _unheard(module, nn.Linear):
+        return linear(x, module.weight, module.bias, activation)  # type: ignore[arg-type]
+    return _FUNCTIONS[activation](module(x))
+
+
+def _dropped(module: nn.Module, x: Tensor) -> Tensor:
+    return x if not module.training and _unheard(module, nn.Dropout) else module(x)
+
+
 def _feed_forward(layer, x: Tensor) -> Tensor:
-    """`_ff_block` of few rows in eval mode; itself where someone would notice the difference."""
-    plain = type(layer)._ff_block in _FF_BLOCKS and "_ff_block" not in vars(layer)
-    for part in (layer.linear1, layer.linear2):
-        plain = plain and type(part) is nn.Linear and not (part._forward_hooks or part._forward_pre_hooks)
-    if not plain:
-        return layer._ff_block(x)
-    one, two = layer.linear1, layer.linear2
-    return linear(layer.activation(linear(x, one.weight, one.bias)), two.weight, two.bias)
+    """The two linear layers, with the activation in the first one's product where that knows it."""
+    known = _activation(layer.activation)
+    x = _linear(layer.linear1, x, known)
+    x = x if known else layer.activation(x)
+    return _linear(layer.linear2, _dropped(layer.dropout, x))
 
 
-_FF_BLOCKS = (nn.TransformerEncoderLayer._ff_block, nn.TransformerDecoderLayer._ff_block)
+def _activation(function: Callable) -> str | None:
+    """The name by which `seqkern.functional.linear` knows the function."""
+    if function is F.relu or function is F.gelu:
+        return "relu" if function is F.relu else "gelu"
+    if isinstance(function, nn.ReLU) and _unheard(function, nn.ReLU):
+        return "relu"
+    if isinstance(function, nn.GELU) and function.approximate == "none" and _unheard(function, nn.GELU):
+        return "gelu"
+    return None
+
+
+_FUNCTIONS = {None: lambda x: x, "relu": F.relu, "gelu": F.gelu}
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -85,6 +112,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
         return _residual(self, src, (self.norm1, attend), (self.norm2, self._ff_block))
 
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return _dropped(self.dropout2, _feed_forward(self, x))
+
     def _why_no_step(self) -> str:
         return _why_no_step(self, TransformerEncoderLayer, {"self_attn": self.self_attn})
 
@@ -95,7 +125,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             self,
             x,
             (self.norm1, lambda x: own.attend_own(x, cache, layer, mask)),
-            (self.norm2, lambda x: _feed_forward(self, x)),
+            (self.norm2, self._ff_block),
         )
 
 
@@ -121,6 +151,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         super().__init__(*args, **kwargs)
         _adopt(self)
 
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return _dropped(self.dropout3, _feed_forward(self, x))
+
     def _why_no_step(self) -> str:
         parts = {"self_attn": self.self_attn, "multihead_attn": self.multihead_attn}
         return _why_no_step(self, nn.TransformerDecoderLayer, parts)
@@ -134,7 +167,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             x,
             (self.norm1, lambda x: own.attend_own(x, cache, layer, mask)),
             (self.norm2, lambda x: cross.attend_memory(x, cache, layer)),
-            (self.norm3, lambda x: _feed_forward(self, x)),
+            (self.norm3, self._ff_block),
         )
 
 

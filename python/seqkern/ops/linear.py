@@ -1,36 +1,69 @@
-"""``seqkern::linear``: few rows times a matrix, whose compiled kernel reads the matrix once and as it lies.
+"""``seqkern::linear`` and ``seqkern::mm``, the products of linear layers.
 
-input [..., K], weight [N, K], bias [N] or None -> [..., N]. The compiled library adds the implementation on a CPU; the
-schema, the shapes and the gradient stand here.
+linear: input [..., K], weight [N, K], bias [N] or None -> [..., N], through an activation of `ACTIVATIONS`. Few rows
+read the weights once and as they lie; more have them packed. mm: a [R, K], b [K, C] -> [R, C], transposed matrices as
+they lie. The compiled library adds the implementations on a CPU; the schemas, the shapes and the gradients stand here.
 """
 
 import torch
+import torch.nn.functional as F
+
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2}
+ROWS_WORTH_A_GRADIENT = (
+    256  # of weights in our matmul: fewer are a sum of so few products that torch's is faster
+)
 
 _LIBRARY = torch.library.Library("seqkern", "FRAGMENT")
-_LIBRARY.define(
-    "linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
+for _schema in (
+    "linear(Tensor input, Tensor weight, Tensor? bias, int activation=0) -> Tensor",
+    "mm(Tensor a, Tensor b) -> Tensor",
+):
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @torch.library.register_fake("seqkern::linear", lib=_LIBRARY)
-def _fake(input, weight, bias):
+def _fake(input, weight, bias, activation=0):
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
+@torch.library.register_fake("seqkern::mm", lib=_LIBRARY)
+def _fake_mm(a, b):
+    return a.new_empty((a.shape[0], b.shape[1]))
+
+
 def _setup(ctx, inputs, output):
-    input, weight, _ = inputs
-    ctx.save_for_backward(input, weight)
+    input, weight, bias, ctx.activation = inputs
+    of_activation = {0: None, 1: output, 2: bias}[ctx.activation]
+    ctx.save_for_backward(input, weight, of_activation)
 
 
 def _backward(ctx, grad):
-    input, weight = ctx.saved_tensors
-    need_input, need_weight, need_bias = ctx.needs_input_grad
-    rows = grad.reshape(-1, grad.shape[-1])
+    input, weight, kept = ctx.saved_tensors
+    need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+    if ctx.activation == ACTIVATIONS["relu"]:
+        grad = torch.where(kept > 0, grad, 0)
+    elif ctx.activation == ACTIVATIONS["gelu"]:
+        grad = torch.ops.aten.gelu_backward(grad, F.linear(input, weight, kept))
+    rows, inputs = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
+    of_input = torch.ops.seqkern.mm.default if rows.numel() else torch.mm
+    of_weight = of_input if len(rows) >= ROWS_WORTH_A_GRADIENT else torch.mm
     return (
-        grad @ weight if need_input else None,
-        rows.mT @ input.reshape(-1, input.shape[-1]) if need_weight else None,
+        of_input(rows, weight).reshape(input.shape) if need_input else None,
+        of_weight(rows.mT, inputs) if need_weight else None,
         rows.sum(0) if need_bias else None,
+        None,
     )
 
 
+def _setup_mm(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_mm(ctx, grad):
+    a, b = ctx.saved_tensors
+    need_a, need_b = ctx.needs_input_grad
+    return grad @ b.mT if need_a else None, a.mT @ grad if need_b else None
+
+
 torch.library.register_autograd("seqkern::linear", _backward, setup_context=_setup, lib=_LIBRARY)
+torch.library.register_autograd("seqkern::mm", _backward_mm, setup_context=_setup_mm, lib=_LIBRARY)
