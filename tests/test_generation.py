@@ -124,7 +124,7 @@ def test_encoder_with_a_causal_mask_is_token_for_token_torch(options, lengths):
         assert found.tokens[i, : n + 9].tolist() == uncached(theirs, words, prompt[i], n, None, None, 9)
 
 
-@pytest.mark.parametrize("eos", [3, [3, 7, 11]], ids=str)
+@pytest.mark.parametrize("eos", [3, [3, 7, 11], {3, 7, 11}, torch.tensor([3, 7, 11])], ids=str)
 def test_end_of_sequence(eos):
     theirs, ours, words = made("Decoder", batch_first=True)
     prompt, memory = prompts((2, 1, 3, 2, 2, 1)), torch.randn(6, S, E)
@@ -140,7 +140,7 @@ def test_end_of_sequence(eos):
         pad=-1,
     )
     assert found.tokens.shape[1] == found.lengths.max()
-    ends = [eos] if isinstance(eos, int) else eos
+    ends = [eos] if isinstance(eos, int) else [int(each) for each in eos]
     for i, row in enumerate(found.tokens.tolist()):
         want = uncached(theirs, words, prompt[i], int(lengths[i]), memory[i], None, 40, ends)
         assert found.lengths[i] == len(want)
@@ -344,6 +344,7 @@ BAD_STEPS = {
     "torch's layer": (TypeError, "accelerate", lambda: torchs().step(torch.zeros(2, 1, E), KVCache())),
     "own block": (TypeError, "its own _sa_block", lambda: own_block().step(torch.zeros(2, 1, E), KVCache())),
     "rank": (ValueError, "3-D, or 2-D", lambda: small()[0].step(torch.zeros(E), KVCache())),
+    "features": (ValueError, "features", lambda: small()[0].step(torch.zeros(2, 1, E + 1), KVCache())),
     "batch": (ValueError, "batch 3", lambda: (lambda s, c: s.step(torch.zeros(3, 1, E), c))(*used())),
     "another stack": (ValueError, "another stack", lambda: small()[0].step(torch.zeros(2, 1, E), used()[1])),
     "padding": (
@@ -353,6 +354,11 @@ BAD_STEPS = {
     ),
     "no memory": (ValueError, "memory is None", lambda: decoder_step(None)),
     "memory of another batch": (ValueError, "rank and batch", lambda: decoder_step(torch.zeros(3, S, E))),
+    "memory of other features": (
+        ValueError,
+        "memory has",
+        lambda: decoder_step(torch.zeros(2, S, E + 1)),
+    ),
     "memory padding": (
         ValueError,
         "memory_key_padding_mask",
@@ -398,6 +404,26 @@ def test_bad_options(message):
         ours.train().generate(**options)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt", [[1, 2, 3]]),
+        ("lengths", [3, 3]),
+        ("max_new_tokens", 2.0),
+        ("pad", 1.5),
+        ("temperature", None),
+        ("top_k", 1.5),
+        ("top_p", "most"),
+        ("eos", 1.5),
+    ],
+)
+def test_options_of_another_type(name, value):
+    _, ours, words = made("Encoder", batch_first=True)
+    options = {"prompt": prompts((3, 3)), "embed": words.embed, "logits": words.head, "max_new_tokens": 2}
+    with pytest.raises(TypeError, match=f"generate: {name} is"):
+        ours.generate(**{**options, name: value})
+
+
 def shares_of(scores, count=4000, **options):
     generator = torch.Generator().manual_seed(2)
     drawn = choose_token(scores.expand(count, -1), generator=generator, **options)
@@ -421,7 +447,7 @@ def test_choice_of_a_token():
     near(shares_of(scores, temperature=1.0, top_p=0.75), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85])
     near(shares_of(scores, temperature=1.0, top_p=0.01), [0, 1, 0, 0, 0])
     near(shares_of(scores, temperature=1.0, top_k=3, top_p=0.5), [0, 4 / 7, 0, 3 / 7, 0])
-    assert choose_token(torch.tensor([[1.0, 3.0, 2.0]]), temperature=1e-4).tolist() == [1]
+    assert choose_token(torch.tensor([[1.0, 3.0, 2.0]]), temperature=1e-45).tolist() == [1]
 
 
 def test_draws_are_reproducible():
