@@ -1,5 +1,6 @@
 """Steps on a KVCache and generate: equal to torch's decoding that computes every position anew."""
 
+import copy
 import itertools
 
 import pytest
@@ -273,6 +274,34 @@ def test_selected_memory():
     torch.testing.assert_close(got, want)
 
 
+def test_a_copy_goes_on_by_itself():
+    _, ours, _ = made("Decoder", batch_first=True)
+    x, memory, cache = torch.randn(2, 4, E), torch.randn(2, S, E), KVCache()
+    ours.step(x[:, :2], memory, cache)
+    other = copy.deepcopy(cache)
+    want = ours.step(x[:, 2:], memory, cache)
+    assert (other.length, other.owner, other.memory) == (2, ours, memory)
+    torch.testing.assert_close(ours.step(x[:, 2:], memory, other), want)
+    with_stack, its_cache = copy.deepcopy((ours, cache))
+    its_cache.truncate(2)
+    torch.testing.assert_close(with_stack.step(x[:, 2:], None, its_cache), want)
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+@pytest.mark.parametrize("name", ["dropout", "dropout1", "dropout2", "dropout3"])
+def test_what_stands_in_place_of_a_dropout_runs(name):
+    _, ours, _ = made("Decoder", batch_first=True)
+    x, memory = torch.randn(2, 4, E), torch.randn(2, S, E)
+    mask = nn.Transformer.generate_square_subsequent_mask(4)
+    for replaced in (nn.Identity(), Half()):
+        setattr(ours.layers[1], name, replaced)
+        torch.testing.assert_close(ours.step(x, memory, KVCache()), ours(x, memory, mask))
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_within_a_step_leaves_the_cache_as_it_was(failing):
     stack, cache = small()
@@ -313,6 +342,29 @@ def own_block():
     return seqkern.nn.TransformerEncoder(OwnBlock(E, H, FF, batch_first=True), 1).eval()
 
 
+class OwnStack(seqkern.nn.TransformerEncoder):
+    def forward(self, src, *args, **kwargs):
+        return 2 * super().forward(src, *args, **kwargs)
+
+
+def own_stack():
+    return OwnStack(seqkern.nn.TransformerEncoderLayer(E, H, FF, batch_first=True), 1).eval()
+
+
+def part_in_training(name):
+    stack, _ = small()
+    stack.layers[0].get_submodule(name).train()
+    return stack
+
+
+def emptied():
+    _, ours, _ = made("Decoder", batch_first=True)
+    cache = KVCache()
+    ours.step(torch.zeros(2, 1, E), torch.zeros(2, S, E), cache)
+    cache.truncate(0)
+    return ours, cache
+
+
 def torchs():
     return seqkern.nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, FF, batch_first=True), 1).eval()
 
@@ -343,6 +395,23 @@ BAD_STEPS = {
     ),
     "torch's layer": (TypeError, "accelerate", lambda: torchs().step(torch.zeros(2, 1, E), KVCache())),
     "own block": (TypeError, "its own _sa_block", lambda: own_block().step(torch.zeros(2, 1, E), KVCache())),
+    "own stack": (TypeError, "its own forward", lambda: own_stack().step(torch.zeros(2, 1, E), KVCache())),
+    "dropout in training": (
+        RuntimeError,
+        r"\.eval\(\)",
+        lambda: part_in_training("dropout1").step(torch.zeros(2, 1, E), KVCache()),
+    ),
+    "attention in training": (
+        RuntimeError,
+        r"\.eval\(\)",
+        lambda: part_in_training("self_attn").step(torch.zeros(2, 1, E), KVCache()),
+    ),
+    "batch of the memory": (
+        ValueError,
+        "batch 3.*cache's 2",
+        lambda: (lambda s, c: s.step(torch.zeros(3, 1, E), None, c))(*emptied()),
+    ),
+    "length of parts": (TypeError, "max_length is 1.5", lambda: KVCache(1.5)),  # type: ignore[arg-type]
     "rank": (ValueError, "3-D, or 2-D", lambda: small()[0].step(torch.zeros(E), KVCache())),
     "features": (ValueError, "features", lambda: small()[0].step(torch.zeros(2, 1, E + 1), KVCache())),
     "batch": (ValueError, "batch 3", lambda: (lambda s, c: s.step(torch.zeros(3, 1, E), c))(*used())),

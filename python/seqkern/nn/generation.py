@@ -18,11 +18,16 @@ class Generated(NamedTuple):
     lengths: Tensor  #: int64 [B], how many tokens of each row count; an end-of-sequence token does
 
 
+_DROPPING = (nn.Dropout, nn.MultiheadAttention)
+
+
 def _check_stack(stack: Any, verb: str) -> None:
-    if stack.training:
+    if any(part.training for part in stack.modules() if part is stack or isinstance(part, _DROPPING)):
         raise RuntimeError(
-            f"{verb}: the stack is in training mode, where dropout would act; call .eval() first"
+            f"{verb}: the stack is in training mode, or a part of it, where dropout would act; call .eval() first"
         )
+    if not stack._is_itself():
+        raise TypeError(f"{verb}: {type(stack).__qualname__} has its own forward, which a step would not run")
     for i, layer in enumerate(stack.layers):
         if not hasattr(layer, "_why_no_step"):
             title = f"{type(layer).__module__}.{type(layer).__qualname__}"
@@ -45,7 +50,8 @@ def _check_step(x: Tensor, cache: KVCache, padding: Tensor | None, first: int, f
     if x.shape[-1] != features:
         raise ValueError(f"step: the input has {x.shape[-1]} features {list(x.shape)}, expected {features}")
     batch = 1 if x.dim() == 2 else x.shape[first]
-    if cache.length and cache.batch != batch:
+    fixed = cache.length or (cache.memory is not None and cache.owner is not None)
+    if fixed and cache.batch != batch:
         raise ValueError(
             f"step: the input has batch {batch} {list(x.shape)}, expected the cache's {cache.batch}"
         )

@@ -32,9 +32,15 @@ def _residual(layer, x: Tensor, *blocks: tuple[nn.Module, Callable[[Tensor], Ten
     return x
 
 
-def _feed_forward(layer, x: Tensor) -> Tensor:
-    """`_ff_block` of few rows in eval mode; itself where someone would notice the difference."""
+def _behind(part: nn.Module, x: Tensor) -> Tensor:
+    """A layer's dropout in eval mode, or whatever was put in its place."""
+    return x if type(part) in _NOTHING_IN_EVAL else part(x)
+
+
+def _feed_forward(layer, x: Tensor, last: nn.Module) -> Tensor:
+    """`_ff_block` of few rows in eval mode, with its ``last`` dropout; itself where the difference would be noticed."""
     plain = type(layer)._ff_block in _FF_BLOCKS and "_ff_block" not in vars(layer)
+    plain = plain and type(layer.dropout) in _NOTHING_IN_EVAL and type(last) in _NOTHING_IN_EVAL
     for part in (layer.linear1, layer.linear2):
         plain = plain and type(part) is nn.Linear and not (part._forward_hooks or part._forward_pre_hooks)
     if not plain:
@@ -43,6 +49,7 @@ def _feed_forward(layer, x: Tensor) -> Tensor:
     return linear(layer.activation(linear(x, one.weight, one.bias)), two.weight, two.bias)
 
 
+_NOTHING_IN_EVAL = (nn.Dropout, nn.Identity)
 _FF_BLOCKS = (nn.TransformerEncoderLayer._ff_block, nn.TransformerDecoderLayer._ff_block)
 
 
@@ -94,8 +101,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return _residual(
             self,
             x,
-            (self.norm1, lambda x: own.attend_own(x, cache, layer, mask)),
-            (self.norm2, lambda x: _feed_forward(self, x)),
+            (self.norm1, lambda x: _behind(self.dropout1, own.attend_own(x, cache, layer, mask))),
+            (self.norm2, lambda x: _feed_forward(self, x, self.dropout2)),
         )
 
 
@@ -132,9 +139,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         return _residual(
             self,
             x,
-            (self.norm1, lambda x: own.attend_own(x, cache, layer, mask)),
-            (self.norm2, lambda x: cross.attend_memory(x, cache, layer)),
-            (self.norm3, lambda x: _feed_forward(self, x)),
+            (self.norm1, lambda x: _behind(self.dropout1, own.attend_own(x, cache, layer, mask))),
+            (self.norm2, lambda x: _behind(self.dropout2, cross.attend_memory(x, cache, layer))),
+            (self.norm3, lambda x: _feed_forward(self, x, self.dropout3)),
         )
 
 
@@ -184,6 +191,9 @@ class TransformerEncoder(nn.TransformerEncoder):
         for layer in self.layers:
             output = layer(output, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
         return output if self.norm is None else self.norm(output)
+
+    def _is_itself(self) -> bool:
+        return type(self).forward is TransformerEncoder.forward and "forward" not in vars(self)
 
     def step(self, src: Tensor, cache: KVCache, *, src_key_padding_mask: Tensor | None = None) -> Tensor:
         """The next positions of sequences whose earlier ones are in the cache, each seeing itself and those before.
@@ -287,6 +297,9 @@ class TransformerDecoder(nn.TransformerDecoder):
         causal = _masks.told_causal(tgt_mask, tgt_is_causal)
         masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         return super().forward(tgt, memory, *masks, causal, memory_is_causal)
+
+    def _is_itself(self) -> bool:
+        return type(self).forward is TransformerDecoder.forward and "forward" not in vars(self)
 
     def step(
         self,
