@@ -255,7 +255,7 @@ def _layers(
         input = input.transpose(0, 1)
     per_direction = len(weights) // (num_layers * directions)
     if hx is None:
-        batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+        batch = input.shape[1] if batch_sizes is None else batch_sizes[0].item()
         w_hh = weights[1]
         hx = input.new_zeros((num_layers * directions, batch, w_hh.shape[1]))
         if cell == "lstm":
