@@ -15,6 +15,7 @@ from seqkern.nn import _masks
 from seqkern.nn.attention import MultiheadAttention
 from seqkern.nn.cache import KVCache
 from seqkern.nn.generation import Generated, advance, generate
+from seqkern.ops import _backend
 
 
 def _adopt(module: nn.Module) -> None:
@@ -162,7 +163,7 @@ class TransformerEncoder(nn.TransformerEncoder):
     r"""`torch.nn.TransformerEncoder`: a stack of layers, and, beyond torch, one that generates with a causal cache.
 
     Where torch packs padded sequences into a nested tensor (eval mode, no gradients, src_key_padding_mask alone) so
-    does this one, and padded rows of the output are the same. Masks go to the layers as they are given.
+    does this one, and padded rows of the output are the same; transforms of torch.func, where torch raises, do not. Masks go to the layers as they are given.
 
     Args: encoder_layer, num_layers, norm, enable_nested_tensor, mask_check: as in torch.nn.TransformerEncoder. The
         layer may be of any class; `step` and `generate` need `TransformerEncoderLayer`.
@@ -184,7 +185,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         may_pack = (
             mask is None and src_key_padding_mask is not None and getattr(self, "use_nested_tensor", False)
         )
-        if may_pack and not self.layers[0].training:
+        if may_pack and not self.layers[0].training and not _backend.in_transform():
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         causal = _masks.told_causal(mask, is_causal)
         output = src
