@@ -1,5 +1,7 @@
 """Attention as an op and as functions: backends, errors at the door, compilers and transforms."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -336,7 +338,7 @@ def packed(**changes):
 
 
 MISTAKES = {
-    "not a tensor": (lambda: small(query=[1.0]), TypeError, "query is a list"),
+    "not a tensor": (lambda: small(query=[1.0]), TypeError, "query is of type list"),
     "integer query": (
         lambda: small(query=torch.ones(2, 4, 5, 8).long()),
         RuntimeError,
@@ -382,6 +384,19 @@ MISTAKES = {
         RuntimeError,
         "dropout_seed is torch.float32",
     ),
+    "seed type": (lambda: small(dropout_p=0.5, dropout_seed=5), TypeError, "dropout_seed is of type int"),
+    "8 bits": (
+        lambda: {name: x.to(torch.float8_e5m2) for name, x in small().items()},
+        RuntimeError,
+        "float8_e5m2.*16 bits",
+    ),
+    "dropout type": (lambda: small(dropout_p=None), TypeError, "dropout_p is None"),
+    "scale type": (lambda: small(scale="wide"), TypeError, "scale is 'wide'"),
+    "softcap type": (lambda: small(softcap="low"), TypeError, "softcap is 'low'"),
+    "softcap without end": (lambda: small(softcap=math.inf), ValueError, "softcap is inf"),
+    "softcap unknown": (lambda: small(softcap=math.nan), ValueError, "softcap is nan"),
+    "window of parts": (lambda: small(window=1.5), TypeError, "window is 1.5"),
+    "longest alone": (lambda: small(max_seqlen_q=5), RuntimeError, "without cu_seqlens"),
     "window": (lambda: small(window=(-1, 2)), ValueError, "negative; None for no limit"),
     "window of words": (lambda: small(window="all"), TypeError, "window is 'all'"),
     "causal": (lambda: small(causal="left"), ValueError, "'top-left' or 'bottom-right'"),
@@ -396,7 +411,7 @@ MISTAKES = {
         r"cu_seqlens_q is \[3\] and cu_seqlens_k \[2\]",
     ),
     "packed dtype": (lambda: packed(cu_seqlens_q=torch.tensor([0.0, 2, 5])), RuntimeError, "torch.float32"),
-    "packed type": (lambda: packed(cu_seqlens_q=[0, 2, 5]), TypeError, "cu_seqlens_q is a list"),
+    "packed type": (lambda: packed(cu_seqlens_q=[0, 2, 5]), TypeError, "cu_seqlens_q is of type list"),
     "packed total": (
         lambda: packed(cu_seqlens_q=torch.tensor([0, 2, 4])),
         RuntimeError,
@@ -418,6 +433,16 @@ def test_mistakes_are_named(what):
     with pytest.raises(error, match=f"attention: .*{says}") as got, _backend.watch() as seen:
         attention(**build())
     assert got.type is error and not seen
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("cpu", marks=pytest.mark.built)])
+@pytest.mark.parametrize("side", [2**30, 2**32 - 1, 2**33, 2**63 - 1, 2**80])
+def test_a_window_of_any_size(backend, side):
+    q = torch.randn(1, 2, 20, 8)
+    found = attention(q, q, q, window=(side, 3), backend=backend)
+    torch.testing.assert_close(found, attention(q, q, q, window=(None, 3), backend=backend))
+    found = attention(q, q, q, window=side, backend=backend)
+    torch.testing.assert_close(found, attention(q, q, q, backend=backend))
 
 
 # compilers and transforms

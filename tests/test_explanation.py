@@ -55,3 +55,46 @@ def test_what_holds_nothing_and_what_cannot_be_called():
     assert "nothing here" in str(seqkern.explain(nn.Linear(3, 4), torch.randn(2, 3)))
     with pytest.raises(TypeError, match="takes a module or a function"):
         seqkern.explain(3)  # type: ignore[arg-type]
+
+
+class Answers(nn.Module):
+    """A model whose forward generates."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(11, 8)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), 2)
+
+    def forward(self, prompt, memory):
+        options = {"embed": lambda tokens, _: self.words(tokens), "logits": lambda x: x @ self.words.weight.T}
+        return self.decoder.generate(prompt, memory, max_new_tokens=3, **options).tokens
+
+
+def test_a_model_that_generates_within_its_forward():
+    model = seqkern.accelerate(Answers().eval())
+    rows = seqkern.explain(model, torch.tensor([[1, 2]]), torch.randn(1, 5, 8)).rows
+    assert {row.name for row in rows} == {"decoder.layers.0", "decoder.layers.1"}
+    assert {row.kind for row in rows} == {"seqkern.nn.TransformerDecoderLayer"}
+    assert "step" not in vars(model.decoder.layers[0])
+
+
+def test_an_error_leaves_no_hook_behind():
+    with pytest.raises(ValueError, match="memory"):
+        seqkern.explain(seqkern.accelerate(Answers().eval()), torch.tensor([[1, 2]]), None)
+    hooks = torch.nn.modules.module
+    assert not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+
+
+@pytest.mark.built
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_is_compiled_and_what_is_written_on_seqkern_is_not_said_to_be_torchs(swapped):
+    class Own(seqkern.nn.TransformerEncoderLayer):
+        pass
+
+    layer = seqkern.accelerate(nn.LSTM(8, 8)) if swapped else seqkern.nn.LSTM(8, 8)
+    model = nn.Sequential(torch.compile(layer, backend="eager", fullgraph=True))
+    x = torch.randn(5, 2, 8)
+    model(x)
+    assert [row.backend for row in seqkern.explain(model, x).rows] == ["cpu"]
+    rows = seqkern.explain(Own(8, 2, 16, dropout=0.0), x).rows
+    assert [(row.name, row.backend) for row in rows] == [("self_attn", "cpu")]

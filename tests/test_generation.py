@@ -1,5 +1,6 @@
 """Steps on a KVCache and generate: equal to torch's decoding that computes every position anew."""
 
+import copy
 import itertools
 
 import pytest
@@ -124,7 +125,7 @@ def test_encoder_with_a_causal_mask_is_token_for_token_torch(options, lengths):
         assert found.tokens[i, : n + 9].tolist() == uncached(theirs, words, prompt[i], n, None, None, 9)
 
 
-@pytest.mark.parametrize("eos", [3, [3, 7, 11]], ids=str)
+@pytest.mark.parametrize("eos", [3, [3, 7, 11], {3, 7, 11}, torch.tensor([3, 7, 11])], ids=str)
 def test_end_of_sequence(eos):
     theirs, ours, words = made("Decoder", batch_first=True)
     prompt, memory = prompts((2, 1, 3, 2, 2, 1)), torch.randn(6, S, E)
@@ -140,7 +141,7 @@ def test_end_of_sequence(eos):
         pad=-1,
     )
     assert found.tokens.shape[1] == found.lengths.max()
-    ends = [eos] if isinstance(eos, int) else eos
+    ends = [eos] if isinstance(eos, int) else [int(each) for each in eos]
     for i, row in enumerate(found.tokens.tolist()):
         want = uncached(theirs, words, prompt[i], int(lengths[i]), memory[i], None, 40, ends)
         assert found.lengths[i] == len(want)
@@ -273,6 +274,34 @@ def test_selected_memory():
     torch.testing.assert_close(got, want)
 
 
+def test_a_copy_goes_on_by_itself():
+    _, ours, _ = made("Decoder", batch_first=True)
+    x, memory, cache = torch.randn(2, 4, E), torch.randn(2, S, E), KVCache()
+    ours.step(x[:, :2], memory, cache)
+    other = copy.deepcopy(cache)
+    want = ours.step(x[:, 2:], memory, cache)
+    assert (other.length, other.owner, other.memory) == (2, ours, memory)
+    torch.testing.assert_close(ours.step(x[:, 2:], memory, other), want)
+    with_stack, its_cache = copy.deepcopy((ours, cache))
+    its_cache.truncate(2)
+    torch.testing.assert_close(with_stack.step(x[:, 2:], None, its_cache), want)
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+@pytest.mark.parametrize("name", ["dropout", "dropout1", "dropout2", "dropout3"])
+def test_what_stands_in_place_of_a_dropout_runs(name):
+    _, ours, _ = made("Decoder", batch_first=True)
+    x, memory = torch.randn(2, 4, E), torch.randn(2, S, E)
+    mask = nn.Transformer.generate_square_subsequent_mask(4)
+    for replaced in (nn.Identity(), Half()):
+        setattr(ours.layers[1], name, replaced)
+        torch.testing.assert_close(ours.step(x, memory, KVCache()), ours(x, memory, mask))
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_within_a_step_leaves_the_cache_as_it_was(failing):
     stack, cache = small()
@@ -313,6 +342,29 @@ def own_block():
     return seqkern.nn.TransformerEncoder(OwnBlock(E, H, FF, batch_first=True), 1).eval()
 
 
+class OwnStack(seqkern.nn.TransformerEncoder):
+    def forward(self, src, *args, **kwargs):
+        return 2 * super().forward(src, *args, **kwargs)
+
+
+def own_stack():
+    return OwnStack(seqkern.nn.TransformerEncoderLayer(E, H, FF, batch_first=True), 1).eval()
+
+
+def part_in_training(name):
+    stack, _ = small()
+    stack.layers[0].get_submodule(name).train()
+    return stack
+
+
+def emptied():
+    _, ours, _ = made("Decoder", batch_first=True)
+    cache = KVCache()
+    ours.step(torch.zeros(2, 1, E), torch.zeros(2, S, E), cache)
+    cache.truncate(0)
+    return ours, cache
+
+
 def torchs():
     return seqkern.nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, FF, batch_first=True), 1).eval()
 
@@ -343,7 +395,25 @@ BAD_STEPS = {
     ),
     "torch's layer": (TypeError, "accelerate", lambda: torchs().step(torch.zeros(2, 1, E), KVCache())),
     "own block": (TypeError, "its own _sa_block", lambda: own_block().step(torch.zeros(2, 1, E), KVCache())),
+    "own stack": (TypeError, "its own forward", lambda: own_stack().step(torch.zeros(2, 1, E), KVCache())),
+    "dropout in training": (
+        RuntimeError,
+        r"\.eval\(\)",
+        lambda: part_in_training("dropout1").step(torch.zeros(2, 1, E), KVCache()),
+    ),
+    "attention in training": (
+        RuntimeError,
+        r"\.eval\(\)",
+        lambda: part_in_training("self_attn").step(torch.zeros(2, 1, E), KVCache()),
+    ),
+    "batch of the memory": (
+        ValueError,
+        "batch 3.*cache's 2",
+        lambda: (lambda s, c: s.step(torch.zeros(3, 1, E), None, c))(*emptied()),
+    ),
+    "length of parts": (TypeError, "max_length is 1.5", lambda: KVCache(1.5)),  # type: ignore[arg-type]
     "rank": (ValueError, "3-D, or 2-D", lambda: small()[0].step(torch.zeros(E), KVCache())),
+    "features": (ValueError, "features", lambda: small()[0].step(torch.zeros(2, 1, E + 1), KVCache())),
     "batch": (ValueError, "batch 3", lambda: (lambda s, c: s.step(torch.zeros(3, 1, E), c))(*used())),
     "another stack": (ValueError, "another stack", lambda: small()[0].step(torch.zeros(2, 1, E), used()[1])),
     "padding": (
@@ -353,6 +423,11 @@ BAD_STEPS = {
     ),
     "no memory": (ValueError, "memory is None", lambda: decoder_step(None)),
     "memory of another batch": (ValueError, "rank and batch", lambda: decoder_step(torch.zeros(3, S, E))),
+    "memory of other features": (
+        ValueError,
+        "memory has",
+        lambda: decoder_step(torch.zeros(2, S, E + 1)),
+    ),
     "memory padding": (
         ValueError,
         "memory_key_padding_mask",
@@ -398,6 +473,26 @@ def test_bad_options(message):
         ours.train().generate(**options)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt", [[1, 2, 3]]),
+        ("lengths", [3, 3]),
+        ("max_new_tokens", 2.0),
+        ("pad", 1.5),
+        ("temperature", None),
+        ("top_k", 1.5),
+        ("top_p", "most"),
+        ("eos", 1.5),
+    ],
+)
+def test_options_of_another_type(name, value):
+    _, ours, words = made("Encoder", batch_first=True)
+    options = {"prompt": prompts((3, 3)), "embed": words.embed, "logits": words.head, "max_new_tokens": 2}
+    with pytest.raises(TypeError, match=f"generate: {name} is"):
+        ours.generate(**{**options, name: value})
+
+
 def shares_of(scores, count=4000, **options):
     generator = torch.Generator().manual_seed(2)
     drawn = choose_token(scores.expand(count, -1), generator=generator, **options)
@@ -421,7 +516,7 @@ def test_choice_of_a_token():
     near(shares_of(scores, temperature=1.0, top_p=0.75), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85])
     near(shares_of(scores, temperature=1.0, top_p=0.01), [0, 1, 0, 0, 0])
     near(shares_of(scores, temperature=1.0, top_k=3, top_p=0.5), [0, 4 / 7, 0, 3 / 7, 0])
-    assert choose_token(torch.tensor([[1.0, 3.0, 2.0]]), temperature=1e-4).tolist() == [1]
+    assert choose_token(torch.tensor([[1.0, 3.0, 2.0]]), temperature=1e-45).tolist() == [1]
 
 
 def test_draws_are_reproducible():

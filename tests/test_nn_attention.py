@@ -264,6 +264,8 @@ BAD = {
     "padding batch": lambda m: m(x3, m3, m3, torch.zeros(B + 1, S)),
     "padding rank": lambda m: m(x3, m3, m3, torch.zeros(S)),
     "padding of one sequence": lambda m: m(x3[:, 0], m3[:, 0], m3[:, 0], torch.zeros(1, S)),
+    "mask that is no tensor": lambda m: m(x3, m3, m3, attn_mask=[[0.0] * S] * L),
+    "padding that is no tensor": lambda m: m(x3, m3, m3, [[False] * S] * B),
     "hint without a mask": lambda m: m(x3, x3, x3, is_causal=True),
 }
 

@@ -418,6 +418,17 @@ def test_transforms(kind):
     torch.testing.assert_close(got, torch.stack([theirs(x, *rest) for x in xs]), rtol=1e-8, atol=1e-10)
 
 
+@torch.no_grad()
+def test_padding_in_a_transform_is_not_packed():
+    encoder = seqkern.nn.TransformerEncoder(
+        seqkern.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2
+    ).eval()
+    x, padding = torch.randn(3, 5, 8), torch.arange(5) >= torch.tensor([5, 2, 4])[:, None]
+    got = vmap(lambda x, padding: encoder(x[None], src_key_padding_mask=padding[None])[0])(x, padding)
+    want = encoder(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(got[~padding], want[~padding])
+
+
 @pytest.mark.parametrize("backend", FORCED)  # torch's own kernel has no second derivative
 @pytest.mark.parametrize("kind", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
 def test_second_derivatives(kind, backend):

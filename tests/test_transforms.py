@@ -236,6 +236,35 @@ def test_compile_packed_with_a_state(kind):
     close(run(data, sizes, state, list(ours.parameters())), theirs(packed, state)[0].data, 1e-4, 1e-5)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.built
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_compile_packed_without_a_state(kind, in_order):
+    theirs, ours, _ = make(kind, {}, torch.float32)
+    run = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for lengths in ((2, 5), (4, 6, 1), (3,)):
+        sequences = [torch.randn(n, I) for n in (sorted(lengths, reverse=True) if in_order else lengths)]
+        packed = torch.nn.utils.rnn.pack_sequence(sequences, enforce_sorted=in_order)
+        (got, state), (want, its_state) = run(packed), theirs(packed)
+        close(got.data, want.data, 1e-4, 1e-5)
+        for mine, its in zip(state, its_state, strict=True):
+            close(mine, its, 1e-4, 1e-5)
+        grads = [
+            torch.autograd.grad(x.data.sum(), list(m.parameters())) for x, m in ((got, ours), (want, theirs))
+        ]
+        for mine, its in zip(*grads, strict=True):
+            close(mine, its, 1e-4, 1e-5)
+
+
+@pytest.mark.built
+def test_export_of_packed_input():
+    theirs, ours, _ = make("LSTM", {}, torch.float32)
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(n, I) for n in (2, 5)], enforce_sorted=False)
+    program = torch.export.export(ours.eval(), (packed,), strict=False)
+    close(first(program.module()(packed)).data, first(theirs(packed)).data, 1e-4, 1e-5)
+
+
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(("kind", "options"), MODULES)
 def test_export(kind, options, strict):

@@ -1,15 +1,20 @@
 """Which backend runs each module or function that seqkern knows on given inputs, and why the earlier ones declined."""
 
 import copy
+import sys
+import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from seqkern.ops import _backend
-from seqkern.swap import swaps
+from seqkern.swap import ALREADY, swaps
 
 
 class Row(NamedTuple):
@@ -59,7 +64,8 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
 
     A model runs once as a copy, so its buffers and gradients are untouched; so is the state of the random
     number generators. The choice is the one that a call here and now meets: with the grad mode, autocast,
-    forced backend and ``SEQKERN_BACKEND`` of the caller.
+    forced backend and ``SEQKERN_BACKEND`` of the caller. Parts under torch.compile run as they are without it: a
+    compiled graph keeps small calls, which go to torch's kernel here, on seqkern.
 
     Args:
         target: a module (whole models too) or a function such as ``seqkern.functional.lstm``.
@@ -89,7 +95,7 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
 
 
 def _explain_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanation:
-    left_alone = {row.name: row for row in swaps(model) if row.after is None}
+    left_alone = {row.name: row for row in swaps(model) if row.after is None and row.reason != ALREADY}
     kinds = {row.name: row.after or row.before for row in swaps(model)}
     inside: list[str] = []  # names of the known modules whose forward is running
     calls = dict.fromkeys(left_alone, 0)
@@ -105,27 +111,22 @@ def _explain_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
                 found.append((name, kinds.get(name, call.op), choice))
             counted = len(seen)
 
-        def follow(name: str, module: nn.Module) -> None:
-            forward = module.forward
+        def enter(name: str) -> None:
+            collect()
+            inside.append(name)
+            if name in calls:
+                calls[name] += 1
 
-            def followed(*args: Any, **kwargs: Any) -> Any:
-                collect()
-                inside.append(name)
-                if name in calls:
-                    calls[name] += 1
-                try:
-                    return forward(*args, **kwargs)
-                finally:
-                    collect()
-                    inside.pop()
+        def leave() -> None:
+            collect()
+            inside.pop()
 
-            # Not by hooks: a torch layer that sees one leaves its native path.
-            module.forward = followed
-
-        for name, module in model.named_modules():
-            if name in kinds and not isinstance(module, torch.jit.ScriptModule):
-                follow(name, module)
-        model(*args, **kwargs)
+        known = {
+            module: name
+            for name, module in model.named_modules()
+            if name in kinds and not isinstance(module, torch.jit.ScriptModule)
+        }
+        _run_followed(partial(model, *args, **kwargs), known, enter, leave)
         collect()
     ran = {name for name, _, _ in found}
     for name, row in left_alone.items():
@@ -133,6 +134,49 @@ def _explain_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             choice = _backend.Choice("torch", (("seqkern", row.reason),))
             found += [(name, row.before, choice)] * max(calls[name], 1)
     return Explanation(_merge(found))
+
+
+def _run_followed(
+    run: Callable[[], Any],
+    names: dict[nn.Module, str],
+    enter: Callable[[str], None],
+    leave: Callable[[], None],
+) -> None:
+    """Runs with `enter` and `leave` called around each forward, and each step, of the named modules.
+
+    By hooks that see every module: a torch layer that has one of its own leaves its native path, and one whose forward
+    is replaced generates nothing.
+    """
+
+    def before(module: nn.Module, _: Any) -> None:
+        if module in names:
+            enter(names[module])
+
+    def after(module: nn.Module, *_: Any) -> None:
+        if module in names:
+            leave()
+
+    def followed(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        def run_step(*args: Any, **kwargs: Any) -> Any:
+            enter(name)
+            try:
+                return step(*args, **kwargs)
+            finally:
+                leave()
+
+        return run_step
+
+    for module, name in names.items():  # a step is no forward: no hook sees it
+        if step := getattr(module, "step", None):
+            object.__setattr__(module, "step", followed(name, step))
+    with ExitStack() as undone:
+        undone.callback(register_module_forward_pre_hook(before).remove)
+        undone.callback(register_module_forward_hook(after, always_call=True).remove)
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            undone.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
+            undone.enter_context(torch.compiler.set_stance("force_eager"))
+        run()
 
 
 def _merge(found: list[tuple[str, str, _backend.Choice]]) -> list[Row]:

@@ -29,6 +29,7 @@ NAMES = (
 BASES = (nn.RNNBase, nn.RNNCellBase, *(getattr(nn, name) for name in NAMES[6:]))
 # In the module's __dict__: it travels with a deep copy or a pickle, not with the state_dict.
 MARK = "_seqkern_swapped"
+ALREADY = "already a seqkern module"
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -75,13 +76,13 @@ def _objection(module: nn.Module, pairs: dict[type[nn.Module], type[nn.Module]])
         return "scripted or traced: its code is frozen; accelerate the module it was made from"
     if type(module).__module__.startswith("torch.ao."):
         return "quantized or made for it: it runs modules of torch.ao"
+    if isinstance(module, tuple(pairs.values())):
+        return ALREADY
     if parametrize.is_parametrized(module):
         return (
             "parametrized (torch.nn.utils.parametrize): its class computes the weights; "
             "remove_parametrizations first"
         )
-    if type(module) in pairs.values():
-        return "already a seqkern module"
     if type(module) not in pairs:
         own = "with its own forward" if _overrides_forward(type(module)) else "whose class would be lost"
         return f"a subclass of torch's {own}; write it on seqkern.nn instead"

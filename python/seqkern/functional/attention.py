@@ -20,6 +20,7 @@ from seqkern.spec.attention import Options, Tensors
 __all__ = ["attention", "scaled_dot_product_attention"]
 
 _op = torch.ops.seqkern.attention.default
+FAR = 2**30  # keys to a side: no sequence is so long, and kernels count them in 32 bits
 Window = int | tuple[int | None, int | None] | None
 
 
@@ -29,14 +30,18 @@ def _diagonal(causal: bool | str, window: Window) -> tuple[int, int, bool]:
         raise ValueError(
             f"attention: causal is {causal!r}, expected False, True, 'top-left' or 'bottom-right'"
         )
-    sides = (window, window) if window is None or isinstance(window, int) else tuple(window)
-    if len(sides) != 2 or any(side is not None and not isinstance(side, int) for side in sides):
-        raise TypeError(f"attention: window is {window!r}, expected a number or a pair (left, right)")
+    sides = window if isinstance(window, tuple | list) else (window, window)
+    if len(sides) != 2 or any(
+        side is not None and not isinstance(side, int | torch.SymInt) for side in sides
+    ):
+        raise TypeError(
+            f"attention: window is {window!r}, expected a whole number of keys or a pair (left, right) of them"
+        )
     if any(side is not None and side < 0 for side in sides):
         raise ValueError(
             f"attention: window is {window!r}, expected numbers of keys that are not negative; None for no limit"
         )
-    left, right = (-1 if side is None else side for side in sides)
+    left, right = (-1 if side is None or side >= FAR else side for side in sides)
     return left, 0 if causal else right, causal not in (True, "top-left")
 
 
@@ -218,6 +223,10 @@ def attention(
     check_options(t, o, return_weights)
     check_shapes(t)
     if cu_seqlens_q is None and cu_seqlens_k is None:
+        if max_seqlen_q is not None or max_seqlen_k is not None:
+            raise RuntimeError(
+                "attention: max_seqlen is given without cu_seqlens, expected both of packed input or neither"
+            )
         batch, L, S = query.shape[0], query.shape[2], key.shape[2]
     else:
         check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.shape[0], "rows of query")

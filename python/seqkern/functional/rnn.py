@@ -1,6 +1,7 @@
 """Recurrent layers and cells as pure functions of tensors."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -255,7 +256,8 @@ def _layers(
         input = input.transpose(0, 1)
     per_direction = len(weights) // (num_layers * directions)
     if hx is None:
-        batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+        # Not int(): torch.export follows a number that is read from a tensor only so.
+        batch: Any = input.shape[1] if batch_sizes is None else batch_sizes[0].item()
         w_hh = weights[1]
         hx = input.new_zeros((num_layers * directions, batch, w_hh.shape[1]))
         if cell == "lstm":

@@ -1,5 +1,9 @@
 """KVCache: the keys and values that incremental decoding need not compute again."""
 
+import copy
+from types import NoneType
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,6 +38,8 @@ class KVCache:
 
     def __init__(self, max_length: int | None = None, *, capacity: int = 0) -> None:
         for name, value in (("max_length", max_length), ("capacity", capacity)):
+            if not isinstance(value, int | NoneType):
+                raise TypeError(f"KVCache: {name} is {value!r}, expected a whole number of positions")
             if value is not None and value < 0:
                 raise ValueError(
                     f"KVCache: {name} is {value}, expected a number of positions that is not negative"
@@ -43,6 +49,15 @@ class KVCache:
         self.max_length = max_length
         self._first_capacity = capacity
         self.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
+        """A copy of the cache alone serves the same stack and memory; copied along with the stack, the copy of it."""
+        fields, kept = dict(vars(self)), {}
+        if not memo:
+            kept = {name: fields.pop(name) for name in ("owner", "memory")}
+        found = memo[id(self)] = object.__new__(KVCache)
+        vars(found).update(copy.deepcopy(fields, memo) | kept)
+        return found
 
     def clear(self) -> None:
         """Forgets everything, the memory too."""
@@ -68,7 +83,8 @@ class KVCache:
     @property
     def batch(self) -> int | None:
         """How many sequences it holds; None before the first call."""
-        return self._own[0].shape[0] if self._own else None
+        held = self._own or [keys for keys, _ in self._memory]
+        return held[0].shape[0] if held else None
 
     @property
     def lengths(self) -> Tensor | None:

@@ -1,6 +1,7 @@
 """Incremental decoding of a stack of layers: single steps with a cache, and whole continuations."""
 
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +18,16 @@ class Generated(NamedTuple):
     lengths: Tensor  #: int64 [B], how many tokens of each row count; an end-of-sequence token does
 
 
+_DROPPING = (nn.Dropout, nn.MultiheadAttention)
+
+
 def _check_stack(stack: Any, verb: str) -> None:
-    if stack.training:
+    if any(part.training for part in stack.modules() if part is stack or isinstance(part, _DROPPING)):
         raise RuntimeError(
-            f"{verb}: the stack is in training mode, where dropout would act; call .eval() first"
+            f"{verb}: the stack is in training mode, or a part of it, where dropout would act; call .eval() first"
         )
+    if not stack._is_itself():
+        raise TypeError(f"{verb}: {type(stack).__qualname__} has its own forward, which a step would not run")
     for i, layer in enumerate(stack.layers):
         if not hasattr(layer, "_why_no_step"):
             title = f"{type(layer).__module__}.{type(layer).__qualname__}"
@@ -35,14 +41,17 @@ def _check_stack(stack: Any, verb: str) -> None:
             )
 
 
-def _check_step(x: Tensor, cache: KVCache, padding: Tensor | None, first: int) -> None:
+def _check_step(x: Tensor, cache: KVCache, padding: Tensor | None, first: int, features: int) -> None:
     """What a step is given, before anything of the cache changes."""
     if x.dim() not in (2, 3):
         raise ValueError(
             f"step: the input is {x.dim()}-D {list(x.shape)}, expected 3-D, or 2-D for one sequence"
         )
+    if x.shape[-1] != features:
+        raise ValueError(f"step: the input has {x.shape[-1]} features {list(x.shape)}, expected {features}")
     batch = 1 if x.dim() == 2 else x.shape[first]
-    if cache.length and cache.batch != batch:
+    fixed = cache.length or (cache.memory is not None and cache.owner is not None)
+    if fixed and cache.batch != batch:
         raise ValueError(
             f"step: the input has batch {batch} {list(x.shape)}, expected the cache's {cache.batch}"
         )
@@ -74,6 +83,10 @@ def _remember(
     if memory.dim() != x.dim() or (x.dim() == 3 and memory.shape[first] != x.shape[first]):
         raise ValueError(
             f"step: memory is {list(memory.shape)} and the input {list(x.shape)}, expected one rank and batch"
+        )
+    if memory.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"step: memory has {memory.shape[-1]} features {list(memory.shape)}, expected {x.shape[-1]}"
         )
     wide = _batch_first(memory, first)
     seen = Seen()
@@ -108,8 +121,9 @@ def advance(
         _check_stack(stack, "step")
     elif stack.training:
         _check_stack(stack, "step")
-    first = 0 if stack.layers[0].self_attn.batch_first else 1
-    _check_step(x, cache, padding, first)
+    attention = stack.layers[0].self_attn
+    first = 0 if attention.batch_first else 1
+    _check_step(x, cache, padding, first, attention.embed_dim)
     if issubclass(type(stack), nn.TransformerDecoder):
         _remember(stack, cache, memory, memory_padding, x, first)
     rows = _batch_first(x, first)
@@ -125,7 +139,18 @@ def advance(
     return rows[0] if x.dim() == 2 else rows if first == 0 else rows.transpose(0, 1)
 
 
-def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check_options(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, pad: int
+) -> None:
+    for name, value, kinds, what in (
+        ("max_new_tokens", max_new_tokens, int, "a whole number"),
+        ("pad", pad, int, "a token"),
+        ("temperature", temperature, (int, float), "a number"),
+        ("top_k", top_k, (int, NoneType), "a whole number"),
+        ("top_p", top_p, (int, float, NoneType), "a number"),
+    ):
+        if not isinstance(value, kinds):
+            raise TypeError(f"generate: {name} is {value!r}, expected {what}")
     if max_new_tokens < 0:
         raise ValueError(
             f"generate: max_new_tokens is {max_new_tokens}, expected a number that is not negative"
@@ -141,7 +166,7 @@ def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, t
     if top_k is not None and top_k < 1:
         raise ValueError(f"generate: top_k is {top_k}, expected at least 1")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p is {top_p}, expected a probability above 0")
+        raise ValueError(f"generate: top_p is {top_p}, expected a probability above 0 and at most 1")
 
 
 def _checked_lengths(prompt: Tensor, lengths: Tensor | None) -> Tensor:
@@ -165,6 +190,16 @@ def _checked_lengths(prompt: Tensor, lengths: Tensor | None) -> Tensor:
     return lengths.to(prompt.device)
 
 
+def _ends(eos: int | Sequence[int] | Tensor | None, device: torch.device) -> Tensor | None:
+    """The tokens that end a sequence, [any number]."""
+    if eos is None:
+        return None
+    found = torch.as_tensor([*eos] if isinstance(eos, set | frozenset) else eos, device=device).view(-1)
+    if found.numel() and (found.is_floating_point() or found.dtype == torch.bool):
+        raise TypeError(f"generate: eos is {eos!r}, expected a token or several")
+    return found
+
+
 def choose_token(
     scores: Tensor,
     temperature: float = 0.0,
@@ -178,7 +213,8 @@ def choose_token(
     """
     if temperature == 0:
         return scores.argmax(dim=-1)
-    scores = scores.float() / temperature
+    scores = scores.float()
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature  # none overflows, however low it is
     if top_k is not None and top_k < scores.shape[-1]:
         least = scores.topk(top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < least, -torch.inf)
@@ -208,11 +244,22 @@ def generate(
     memory_padding: Tensor | None = None,
 ) -> Generated:
     """`TransformerEncoder.generate` and `TransformerDecoder.generate`."""
-    _check_options(max_new_tokens, temperature, top_k, top_p)
+    _check_options(max_new_tokens, temperature, top_k, top_p, pad)
     _check_stack(stack, "generate")
+    given = {
+        "prompt": prompt,
+        "memory": memory,
+        "lengths": lengths,
+        "memory_key_padding_mask": memory_padding,
+    }
+    for name, x in given.items():
+        if not isinstance(x, Tensor) and (x is not None or name == "prompt"):
+            raise TypeError(f"generate: {name} is of type {type(x).__name__}, expected a tensor")
     one = prompt.dim() == 1
     prompt = prompt[None] if one else prompt
-    lengths = _checked_lengths(prompt, lengths[None] if one and lengths is not None else lengths)
+    if one and lengths is not None and lengths.dim() == 0:
+        lengths = lengths[None]
+    lengths = _checked_lengths(prompt, lengths)
     (B, P), device = prompt.shape, prompt.device
     first = 0 if stack.layers[0].self_attn.batch_first else 1
     if one and memory is not None:
@@ -222,7 +269,7 @@ def generate(
     real = at < lengths[:, None]
     padding = None if bool(real.all()) else ~real
     cache = KVCache(capacity=P + max(max_new_tokens - 1, 0))
-    ends = None if eos is None else torch.tensor([eos] if isinstance(eos, int) else list(eos), device=device)
+    ends = _ends(eos, device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     added = torch.full((B, max_new_tokens), pad, device=device)
     totals = lengths.clone()

@@ -14,13 +14,20 @@ from seqkern import functional as F
 
 
 def _permuted(state: Any, order: Tensor | None) -> Any:
+    if order is None:
+        return state
+    if isinstance(state, Tensor):
+        return state.index_select(1, order)
+    return tuple(s.index_select(1, order) for s in state)
+
+
+def _permuted_if_sound(state: Any, order: Tensor | None) -> Any:
+    """A caller's state; of a wrong size it is left to the check that names it."""
     if order is None or state is None:
         return state
     if isinstance(state, Tensor):
-        return (
-            state.index_select(1, order) if state.dim() == 3 and state.shape[1] == order.shape[0] else state
-        )
-    return tuple(_permuted(s, order) for s in state)  # of a wrong size: left to the check that names it
+        return _permuted(state, order) if state.dim() == 3 and state.shape[1] == order.shape[0] else state
+    return tuple(_permuted_if_sound(s, order) for s in state)
 
 
 class _Layers(torch.nn.RNNBase):
@@ -43,7 +50,9 @@ class _Layers(torch.nn.RNNBase):
         if not isinstance(input, PackedSequence):
             return function(input, hx, self._flat(), batch_first=self.batch_first, **options)
         data, batch_sizes, order, back = input
-        output, state = function(data, _permuted(hx, order), self._flat(), batch_sizes=batch_sizes, **options)
+        output, state = function(
+            data, _permuted_if_sound(hx, order), self._flat(), batch_sizes=batch_sizes, **options
+        )
         return PackedSequence(output, batch_sizes, order, back), _permuted(state, back)
 
 

@@ -16,6 +16,7 @@ from seqkern.nn import _masks
 from seqkern.nn.attention import MultiheadAttention
 from seqkern.nn.cache import KVCache
 from seqkern.nn.generation import Generated, advance, generate
+from seqkern.ops import _backend
 
 
 def _adopt(module: nn.Module) -> None:
@@ -124,7 +125,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return _residual(
             self,
             x,
-            (self.norm1, lambda x: own.attend_own(x, cache, layer, mask)),
+            (self.norm1, lambda x: _dropped(self.dropout1, own.attend_own(x, cache, layer, mask))),
             (self.norm2, self._ff_block),
         )
 
@@ -165,8 +166,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         return _residual(
             self,
             x,
-            (self.norm1, lambda x: own.attend_own(x, cache, layer, mask)),
-            (self.norm2, lambda x: cross.attend_memory(x, cache, layer)),
+            (self.norm1, lambda x: _dropped(self.dropout1, own.attend_own(x, cache, layer, mask))),
+            (self.norm2, lambda x: _dropped(self.dropout2, cross.attend_memory(x, cache, layer))),
             (self.norm3, self._ff_block),
         )
 
@@ -188,7 +189,7 @@ class TransformerEncoder(nn.TransformerEncoder):
     r"""`torch.nn.TransformerEncoder`: a stack of layers, and, beyond torch, one that generates with a causal cache.
 
     Where torch packs padded sequences into a nested tensor (eval mode, no gradients, src_key_padding_mask alone) so
-    does this one, and padded rows of the output are the same. Masks go to the layers as they are given.
+    does this one, and padded rows of the output are the same; transforms of torch.func, where torch raises, do not. Masks go to the layers as they are given.
 
     Args: encoder_layer, num_layers, norm, enable_nested_tensor, mask_check: as in torch.nn.TransformerEncoder. The
         layer may be of any class; `step` and `generate` need `TransformerEncoderLayer`.
@@ -210,13 +211,16 @@ class TransformerEncoder(nn.TransformerEncoder):
         may_pack = (
             mask is None and src_key_padding_mask is not None and getattr(self, "use_nested_tensor", False)
         )
-        if may_pack and not self.layers[0].training:
+        if may_pack and not self.layers[0].training and not _backend.in_transform():
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         causal = _masks.told_causal(mask, is_causal)
         output = src
         for layer in self.layers:
             output = layer(output, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
         return output if self.norm is None else self.norm(output)
+
+    def _is_itself(self) -> bool:
+        return type(self).forward is TransformerEncoder.forward and "forward" not in vars(self)
 
     def step(self, src: Tensor, cache: KVCache, *, src_key_padding_mask: Tensor | None = None) -> Tensor:
         """The next positions of sequences whose earlier ones are in the cache, each seeing itself and those before.
@@ -320,6 +324,9 @@ class TransformerDecoder(nn.TransformerDecoder):
         causal = _masks.told_causal(tgt_mask, tgt_is_causal)
         masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         return super().forward(tgt, memory, *masks, causal, memory_is_causal)
+
+    def _is_itself(self) -> bool:
+        return type(self).forward is TransformerDecoder.forward and "forward" not in vars(self)
 
     def step(
         self,

@@ -1,6 +1,7 @@
 """The checks at the door of attention: torch's exception types, raised before anything is computed."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,16 +10,24 @@ from torch import Tensor
 from seqkern.spec.attention import Options, Tensors
 
 NAME = "attention"
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, Tensor)  # a tensor of one number passes for it
 
 
 def check_options(t: Tensors, o: Options, return_weights) -> None:
     """Numbers and words, and the tensors' dtypes and devices."""
     for name, x in zip(Tensors._fields, t):
         if not isinstance(x, Tensor) and (x is not None or name in ("query", "key", "value")):
-            raise TypeError(f"{NAME}: {name} is a {type(x).__name__}, expected a tensor")
+            name = "dropout_seed" if name == "seed" else name
+            raise TypeError(f"{NAME}: {name} is of type {type(x).__name__}, expected a tensor")
+    for name in ("scale", "softcap", "dropout_p"):
+        if not isinstance(x := getattr(o, name), _NUMBERS):
+            raise TypeError(f"{NAME}: {name} is {x!r}, expected a number")
     query = t.query
-    if not query.is_floating_point():
-        raise RuntimeError(f"{NAME}: query is {query.dtype}, expected a floating-point dtype; use .to(dtype)")
+    if not query.is_floating_point() or query.itemsize == 1:
+        raise RuntimeError(
+            f"{NAME}: query is {query.dtype}, expected a floating-point dtype of 16 bits or more; "
+            "use .to(dtype)"
+        )
     for name, x in zip(Tensors._fields, t):
         if x is None:
             continue
@@ -40,7 +49,7 @@ def check_options(t: Tensors, o: Options, return_weights) -> None:
             raise RuntimeError(f"{NAME}: {name} is {x.dtype}, expected a floating-point dtype")
     if not 0 <= o.dropout_p <= 1:
         raise RuntimeError(f"{NAME}: dropout_p is {o.dropout_p}, expected a probability between 0 and 1")
-    if o.softcap < 0:
+    if not 0 <= o.softcap < math.inf:
         raise ValueError(f"{NAME}: softcap is {o.softcap}, expected a positive number, or 0 for none")
     if return_weights not in (False, "heads", "mean"):
         raise ValueError(f"{NAME}: return_weights is {return_weights!r}, expected False, 'heads' or 'mean'")
