@@ -1,7 +1,9 @@
 """The suites for GPUs without one: rows on the processor or on no device at all, timings by events that are made up."""
 
+import importlib
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +34,7 @@ from seqkern.bench.suites import SUITES
 from seqkern.bench.targets import PLAIN, Target, judge
 from seqkern.cli import app
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = GpuAttentionRow("tiny", PEERS, "bfloat16", 2, 4, 9, 8)
 ATTENTION = {
     "plain": TINY,
@@ -216,7 +219,7 @@ def test_one_kernel_of_torchs(peer, runs):
     if runs:
         assert peer(1).prepare(row, BACKWARD)(1) > 0
     else:  # a processor has no such kernel
-        with pytest.raises(RuntimeError, match="No (viable backend|available kernel)"):
+        with pytest.raises(RuntimeError, match=r"No (viable backend|available kernel)"):
             peer(1).prepare(row, INFERENCE)
 
 
@@ -384,3 +387,22 @@ def test_the_rows_run_on_a_processor_when_asked(monkeypatch, tmp_path):
     done = CliRunner().invoke(app, ["bench", "rnn-cuda", *words])
     assert done.exit_code == 0, done.output
     assert record.read(next(tmp_path.glob("*.jsonl")))[0].timings.keys() == {OURS, TORCH, LOOP}
+
+
+def test_the_script_runs_a_suite_and_sums_it_up(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module("gpu")
+    monkeypatch.setattr(place, "found", lambda name: Pretended())
+    suite = replace(SUITES["attention-cuda"], rows=(TINY, ATTENTION["mask"]), rounds=2, seconds=0.01)
+    monkeypatch.setitem(SUITES, "attention-cuda", suite)
+    monkeypatch.setattr(peers.Efficient, "missing", classmethod(lambda cls: "left out of this test"))
+    assert script.bench("attention-cuda", str(tmp_path), "mask") == 0
+    assert script.bench("attention-cuda", str(tmp_path)) == 0
+    made = record.read(next(tmp_path.glob("*.jsonl")))
+    assert [each.name for each in made] == ["mask", "mask", "tiny", "tiny"]
+    capsys.readouterr()
+    failed = replace(made[2], mode="training", timings={}, left_out={OURS: "no luck"})
+    record.append(next(tmp_path.glob("*.jsonl")), [failed])
+    assert script.summary(str(tmp_path)) == 0
+    output = capsys.readouterr().out
+    assert "attention-cuda: the best peer's time" in output and "tiny, training: no luck" in output
