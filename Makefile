@@ -42,8 +42,8 @@ wheel: $(VENV)/dev.stamp  ## dist/*.whl for this Python
 	rm -rf build/lib build/bdist.*
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
 
-gpu: native $(VENV)/dev.stamp  ## tests and benchmarks on the GPU of this machine
-	PATH="$(abspath $(BIN)):$$PATH" benchmarks/gpu.sh
+gpu: $(VENV)/dev.stamp  ## tests and benchmarks on the GPU of this machine; STAGES="rnn tune" for some
+	PYTHON="$(abspath $(BIN))/python" benchmarks/gpu.sh $(STAGES)
 
 build: $(VENV)/run.stamp  ## compile what changed under csrc; fails where it cannot
 	SEQKERN_BUILD=$${SEQKERN_BUILD:-cpu} $(BIN)/python setup.py -q build_ext --inplace

@@ -1,4 +1,7 @@
-"""Renews the README's tables and the pictures of a suite from its newest results: ``publish.py [SUITE ...]``."""
+"""Renews the README's tables and the pictures of suites from their newest results: ``publish.py [SUITE ...]``.
+
+Without names: of every suite that has results.
+"""
 
 import sys
 
@@ -8,6 +11,8 @@ from seqkern.bench.suites import SUITES
 
 for suite in sys.argv[1:] or SUITES:
     path = newest(ROOT / "benchmarks" / "results", suite)
+    if path is None and not sys.argv[1:]:
+        continue
     if path is None:
         sys.exit(f"there are no results of the suite {suite}: run seqkern bench {suite}")
     drawn = publish(path, suite, ROOT / "README.md")

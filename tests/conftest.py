@@ -1,7 +1,10 @@
 """Every way of running the recurrent functions on this machine, as one fixture."""
 
+import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,6 +16,17 @@ from seqkern.ops import _backend, _library
 # published package of that name.
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [each for each in sys.path if Path(each).resolve() != ROOT]
+
+if importlib.util.find_spec("hypothesis") is None:  # then its tests are skipped, not the whole of their files
+    stand_in, strategies = ModuleType("hypothesis"), MagicMock()
+    stand_in.strategies = strategies
+    stand_in.HealthCheck = MagicMock()
+    stand_in.given = lambda *_, **__: pytest.mark.skip(reason="hypothesis is not installed")
+    stand_in.settings = lambda *_, **__: lambda test: test
+    sys.modules |= {"hypothesis": stand_in, "hypothesis.strategies": strategies}
+
+# cuDNN rounds float32 to TF32 unless it is told not to; what is compared with it here is not rounded.
+torch.backends.cudnn.allow_tf32 = False
 
 NATIVE = _library.native()
 CPU = [f"cpu-{isa}" for isa in NATIVE.isas()] if NATIVE else []

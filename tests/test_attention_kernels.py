@@ -56,8 +56,9 @@ def test_options(options, packed):
 @pytest.mark.parametrize(
     "options", ["plain", "everything", "bias, keys", "mask and bias", "sinks in a window"]
 )
-def test_half(options):
-    check(make_case(torch.float16, **SMALL, **OPTIONS[options]), *kernels)
+@pytest.mark.parametrize("dtype", HALVES, ids=named)
+def test_half(options, dtype):
+    check(make_case(dtype, **SMALL, **OPTIONS[options]), *kernels)
 
 
 @pytest.mark.slow
@@ -235,7 +236,8 @@ def test_packed_lengths_beyond_the_memory_are_cut():
     """Where a GPU is not waited for, cu_seqlens are not checked: the kernels must not read past the tensors."""
     case = make_case(D=16, lengths=((2, 3), (3, 4)))
     wrong = case.tensors._replace(
-        cu_seqlens_q=torch.tensor([0, 2, 50]), cu_seqlens_k=torch.tensor([0, 3, 70])
+        cu_seqlens_q=torch.tensor([0, 2, 50], device=DEVICE),
+        cu_seqlens_k=torch.tensor([0, 3, 70], device=DEVICE),
     )
     wide = case.options._replace(max_seqlen_q=48, max_seqlen_k=67)
     got, want = run_triton(*wrong, *wide), run_triton(*case.tensors, *case.options)

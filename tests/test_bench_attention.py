@@ -179,7 +179,7 @@ def test_suites_have_the_rows_of_the_issue():
         assert len({row.name for row in rows}) == len(rows)
         assert all(row.suite == suite and row.flop(mode) > 0 for row in rows for mode in row.modes)
     rows = SUITES["attention"].rows
-    assert {row.option for row in rows} == set(OPTIONS)
+    assert {row.option for row in (*rows, *SUITES["attention-cuda"].rows)} == set(OPTIONS)
     assert {row.L for row in rows if row.group == LENGTHS} == {1 << n for n in range(7, 15)}
     for row in rows:
         assert row.group == LENGTHS or all(row.target(mode) for mode in row.modes)

@@ -142,9 +142,11 @@ def demo(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="rnn, attention, transformer or sdpa-sweep")] = "rnn",
+    suite: Annotated[
+        str, typer.Argument(help="rnn, attention, transformer, sdpa-sweep, rnn-cuda or attention-cuda")
+    ] = "rnn",
     only: Annotated[str, typer.Option("--filter", help="rows whose name has this text in it")] = "",
-    mode: Annotated[str, typer.Option(help="inference, training or both")] = "both",
+    mode: Annotated[str, typer.Option(help="inference, training, backward or both")] = "both",
     rows: Annotated[str, typer.Option(help="peers (those with known figures) or all")] = "peers",
     rounds: Annotated[
         int | None, typer.Option(help="turns of each peer in a row; the suite's number if not given")
@@ -158,13 +160,17 @@ def bench(
     ] = None,
     peers: Annotated[str, typer.Option(help="a list with commas, or all")] = "all",
     no_peers: Annotated[bool, typer.Option("--no-peers", help="time seqkern alone")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the suite's if not given")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="leave out the rows that the results file has already")
+    ] = False,
 ) -> None:
     """Times a suite against every peer found here; writes JSON lines and a picture."""
     from seqkern.bench.peers import PEERS
     from seqkern.bench.run import Options, main
 
     names = () if no_peers else tuple(PEERS) if peers == "all" else tuple(peers.split(","))
-    options = Options(suite, rows, only, mode, rounds, seconds_per_row, threads, names)
+    options = Options(suite, rows, only, mode, rounds, seconds_per_row, threads, names, device, resume)
     try:
         raise typer.Exit(main(options, output))
     except ValueError as e:

@@ -8,12 +8,25 @@ import torch
 from torch import nn
 
 from seqkern.bench.attention_models import OPTIONS, WINDOW, Asked, ByDoor, BySeqkern, ByTorch, Sizes
-from seqkern.bench.rows import BYTES, FLEX, FLOP, INFERENCE, MODES, ONNX, PEERS, TORCH, TRAINING, Row
+from seqkern.bench.rows import (
+    BACKWARD,
+    BYTES,
+    FLEX,
+    FLOP,
+    INFERENCE,
+    MODES,
+    ONNX,
+    PEERS,
+    TORCH,
+    TRAINING,
+    Row,
+)
 from seqkern.bench.targets import PLAIN, Target
 
 ATTENTION_TRAINING_FLOP = 3.5  # two matmuls forward, five backward, which computes the scores again
 OPTION, DECODE, LENGTHS, BF16, SWEEP = "options", "decode", "lengths", "bf16", "sweep"
 MOST = {"": 1.3, "weights": 1.5}  # times the plain time that an option may take
+NOT_IN_ONNX = ("dropout", "weights", "sinks", "varlen")
 SLOWEST = 0.95  # of torch's speed, for any call that torch serves
 SWEPT = (1, 7, 64, 128, 500, 2048)
 SWEPT_HEADS = (8, 32, 64, 80, 128, 256)
@@ -57,6 +70,8 @@ class AttentionRow(Row):
     def _drawn(self) -> tuple[Asked, tuple[Any, ...]]:
         n = self.shape
         shapes: list[tuple[int, ...]] = [(n.B, n.H, n.L, n.D), *[(n.B, n.kv, n.S, n.D)] * 2]
+        if self.option == "varlen":
+            shapes = [(sum(n.lengths()), heads, n.D) for heads in (n.H, n.kv, n.kv)]
         if self.option == "bias":
             shapes.append((n.H, n.L, n.S))
         with torch.random.fork_rng([]):
@@ -85,7 +100,7 @@ class AttentionRow(Row):
         found = {TORCH}
         if self.option:
             found.add(PLAIN)
-        if mode == INFERENCE and self.dtype == "float32" and self.option not in ("dropout", "weights"):
+        if mode == INFERENCE and self.dtype == "float32" and self.option not in NOT_IN_ONNX:
             found.add(ONNX)
         if mode == INFERENCE and self.flex:
             found.add(FLEX)
@@ -96,13 +111,16 @@ class AttentionRow(Row):
         n = self.shape
         if self.option == "window":
             return float(sum(min(i + 1, WINDOW) for i in range(n.L)))
+        if self.option == "varlen":  # of one sequence, as if all were alike
+            return sum(length**2 for length in n.lengths()) / n.B / (2 if self.causal else 1)
         return n.L * n.S / (2 if self.causal else 1)
 
     def forward_flop(self) -> float:
         return 4.0 * self.B * self.H * self.pairs() * self.D
 
     def flop(self, mode: str) -> float:
-        return self.forward_flop() * (ATTENTION_TRAINING_FLOP if mode == TRAINING else 1)
+        passes = {TRAINING: ATTENTION_TRAINING_FLOP, BACKWARD: ATTENTION_TRAINING_FLOP - 1}
+        return self.forward_flop() * passes.get(mode, 1)
 
     def amount(self, mode: str) -> float:
         return (self.bytes_read(mode) or 0.0) / 1e9 if self.unit == BYTES else super().amount(mode)

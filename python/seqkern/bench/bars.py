@@ -4,8 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seqkern.bench.record import Record
-from seqkern.bench.rows import COMPILE, FLEX, MODES, ONNX, OURS, TORCH
+from seqkern.bench.record import Record, title
+from seqkern.bench.rows import (
+    COMPILE,
+    CUDNN,
+    EFFICIENT,
+    EVERY_MODE,
+    FLASH,
+    FLEX,
+    LOOP,
+    MATH,
+    ONNX,
+    OURS,
+    TORCH,
+    VARLEN,
+)
 from seqkern.bench.suites import SUITES
 from seqkern.bench.tables import HEADINGS, by_first, label, rate, subjects, times
 from seqkern.bench.targets import PLAIN, best_ratio
@@ -16,6 +29,12 @@ COLOURS = {
     COMPILE: "#c9c2b4",
     ONNX: "#6b9a8b",
     FLEX: "#a05a7c",
+    CUDNN: "#c4731f",
+    FLASH: "#8a9a3b",
+    EFFICIENT: "#6b9a8b",
+    MATH: "#c9c2b4",
+    VARLEN: "#8a9a3b",
+    LOOP: "#c9c2b4",
     PLAIN: "#9db7dd",
 }
 LIMIT, GOOD, BAD = "#b42318", "#1a7f37", "#b42318"
@@ -28,7 +47,7 @@ def panels(records: Sequence[Record]) -> list[list[Record]]:
     """The records of one group, mode and unit each."""
     found = {}
     for record in sorted(
-        records, key=lambda r: (by_first(records, "group").index(r.group), MODES.index(r.mode))
+        records, key=lambda r: (by_first(records, "group").index(r.group), EVERY_MODE.index(r.mode))
     ):
         found.setdefault((record.group, record.mode, record.unit), []).append(record)
     return list(found.values())
@@ -65,7 +84,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
 def footnote(record: Record) -> str:
     """What the numbers in the names are, and where they were measured."""
-    machine = f"{record.machine['cpu']} {record.machine['isa']}, {record.threads} threads"
+    machine = title(record.machine) + ("" if "gpu" in record.machine else f", {record.threads} threads")
     return f"{record.suite}: {SUITES[record.suite].sizes}; {machine}, torch {record.versions['torch']}"
 
 

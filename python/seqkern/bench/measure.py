@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkern import testing
-from seqkern.bench.rows import INFERENCE, Row
+from seqkern.bench.rows import BACKWARD, INFERENCE, Row
 
 Timed = Callable[[int], float]  #: seconds that so many calls take
 MIN_ROUNDS = 5  # also where a row's time is up before
@@ -19,6 +20,7 @@ SETTLE = 0.005  # seconds before a turn, in which the last one's thread pool sto
 LONG = 0.05  # seconds of a call from which on a turn needs no call to warm up
 SURE = 1.0  # seconds of a first call that says well enough how long one takes
 WRONG = 1e-3  # relative RMS beyond which a peer was set up wrongly; approximations stay below 1e-5
+ROUNDED = 4  # units of rounding of a narrower dtype beyond which it was
 
 
 class WrongResult(Exception):
@@ -47,10 +49,9 @@ def tensors(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
 def compare(peer: str, want: Mapping[str, Tensor], got: Sequence[Tensor]) -> None:
     """Raises PeerFailed where a peer's results are not torch's, whose order they have."""
     for (name, value), found in zip(want.items(), got, strict=True):
-        if not testing.relative_rms(found, value) <= WRONG:
-            raise PeerFailed(
-                peer, f"it and torch differ by {testing.relative_rms(found, value):.2g} in {name}"
-            )
+        off = testing.relative_rms(found, value)
+        if not off <= max(WRONG, ROUNDED * torch.finfo(value.dtype).eps):
+            raise PeerFailed(peer, f"it and torch differ by {off:.2g} in {name}")
 
 
 def leaf(value: Any) -> tuple[Any, Tensor]:
@@ -60,10 +61,27 @@ def leaf(value: Any) -> tuple[Any, Tensor]:
     return (value._replace(data=found) if isinstance(value, PackedSequence) else found), found
 
 
-def caller(model: nn.Module, inputs: tuple[Any, ...], mode: str) -> Callable[[], dict[str, Tensor]]:
-    """One call of a workload: a forward, or a forward with the gradients of inputs and parameters.
+def size(model: nn.Module, inputs: tuple[Any, ...]) -> int:
+    """Bytes of a model's inputs, parameters and buffers."""
+    given = [t for _, t in tensors(inputs)]
+    return sum(t.numel() * t.itemsize for t in (*given, *model.parameters(), *model.buffers()))
 
-    The gradient that is sent back is one of the model's first output, as of a layer whose final state is not used.
+
+def sent_back(output: Tensor) -> Tensor:
+    """The gradient of an output that every subject is given."""
+    draw = torch.Generator(output.device).manual_seed(1)
+    shape, device = output.shape, output.device
+    return torch.randn(shape, generator=draw, dtype=torch.float64, device=device).to(output.dtype)
+
+
+def caller(
+    model: nn.Module, inputs: tuple[Any, ...], mode: str, sent: Tensor | None = None
+) -> Callable[[], dict[str, Tensor]]:
+    """One call of a workload: a forward, a forward with the gradients of inputs and parameters, or, from the second
+    call on, the gradients alone.
+
+    The gradient that is sent back, unless it is given, is one of the model's first output, as of a layer whose final
+    state is not used.
     """
     if mode == INFERENCE:
         model.eval()
@@ -78,15 +96,17 @@ def caller(model: nn.Module, inputs: tuple[Any, ...], mode: str) -> Callable[[],
         f"d {name}" for name, _ in model.named_parameters()
     ]
     wanted = [*leaves, *model.parameters()]
-    sent: list[Tensor] = []
+    kept: dict[str, Tensor] = {}  # the outputs that gradients alone are taken of
 
     def step() -> dict[str, Tensor]:
-        found = dict(tensors(model(*given)))
+        nonlocal sent
+        found = kept or dict(tensors(model(*given)))
         first = next(iter(found.values()))
-        if not sent:
-            draw = torch.Generator().manual_seed(1)
-            sent.append(torch.randn(first.shape, generator=draw, dtype=torch.float64).to(first.dtype))
-        grads = torch.autograd.grad(first, wanted, sent[0])
+        if sent is None:
+            sent = sent_back(first)
+        if mode == BACKWARD:
+            kept.update(found)
+        grads = torch.autograd.grad(first, wanted, sent.to(first.dtype), retain_graph=mode == BACKWARD)
         return found | dict(zip(names, grads, strict=True))
 
     return step
@@ -103,9 +123,11 @@ def timed(call: Callable[[], Any], mode: str, clock: Callable[[], float] = time.
     return run
 
 
-def results(model: nn.Module, inputs: tuple[Any, ...], mode: str) -> dict[str, Tensor]:
+def results(
+    model: nn.Module, inputs: tuple[Any, ...], mode: str, sent: Tensor | None = None
+) -> dict[str, Tensor]:
     with torch.set_grad_enabled(mode != INFERENCE):
-        return {name: t.detach() for name, t in caller(model, inputs, mode)().items()}
+        return {name: t.detach() for name, t in caller(model, inputs, mode, sent)().items()}
 
 
 def _widened(value: Any) -> Any:
@@ -114,39 +136,44 @@ def _widened(value: Any) -> Any:
     return value.double() if value.is_floating_point() else value
 
 
-def reference(row: Row, mode: str) -> dict[str, Tensor]:
-    """The workload's outputs, and in training its gradients, in float64."""
-    model, inputs = row.oracle()
-    wide = tuple(map(_widened, inputs))
-    return results(model.double(), wide, mode)
-
-
-def gate(row: Row, mode: str, ours: nn.Module, want: Mapping[str, Tensor] | None = None) -> None:
+def gate(
+    row: Row,
+    mode: str,
+    ours: nn.Module,
+    drawing: Callable[[], AbstractContextManager] = nullcontext,
+) -> None:
     """Raises WrongResult unless every tensor of ``ours`` is as near to float64 as `testing.tolerance` asks.
 
-    Integers, which are tokens, must be those of float64 or of torch.
+    Integers, which are tokens, must be those of float64 or of torch. ``drawing`` gives the context in which models and
+    inputs are made.
     """
-    model, inputs = row.oracle()
-    want = want if want is not None else reference(row, mode)
-    theirs = results(model, inputs, mode)
-    testing.poison(*theirs.values())
-    got = results(ours, inputs, mode)
+    with drawing():
+        model, inputs = row.oracle()
+        whole = row.build()[1] if row.partly_judged else inputs
+    sent = None
+    if row.partly_judged:
+        before = results(ours, whole, mode)
+        testing.poison(*before.values())
+        first, output = next(iter(before.items()))
+        sent = row.judged(first, sent_back(output)) if mode != INFERENCE else None
+        del before, output
+    theirs = results(model, inputs, mode, sent)
+    if not row.partly_judged:
+        testing.poison(*theirs.values())
+    got = {name: row.judged(name, each) for name, each in results(ours, whole, mode).items()}
+    want = results(model.double(), tuple(map(_widened, inputs)), mode, sent)
     for name, value in theirs.items():
         if got[name].shape != value.shape:
-            raise WrongResult(
-                f"{row.name}, {mode}: {name} is {tuple(got[name].shape)}, not {tuple(value.shape)}"
-            )
+            raise WrongResult(f"{name} is {tuple(got[name].shape)}, not {tuple(value.shape)}")
         if not value.is_floating_point():
             if not any(torch.equal(got[name], each[name]) for each in (want, theirs)):
-                raise WrongResult(f"{row.name}, {mode}: {name} differs from torch's in some places")
+                raise WrongResult(f"{name} differs from torch's in some places")
             continue
         error = testing.relative_rms(got[name], want[name])
         allowed = testing.tolerance(value.dtype, testing.relative_rms(value, want[name]), row.depth())
         if not error <= allowed:  # NaN fails
             at = testing.worst(got[name], want[name])
-            raise WrongResult(
-                f"{row.name}, {mode}: {name} is off by {error:.2g}, allowed {allowed:.2g}; worst {at}"
-            )
+            raise WrongResult(f"{name} is off by {error:.2g}, allowed {allowed:.2g}; worst {at}")
 
 
 @dataclass(frozen=True)
@@ -170,13 +197,15 @@ def interleaved(
     *,
     rounds: int,
     seconds: float,
+    settle: float = SETTLE,
+    most_calls: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, list[float]]:
     """Seconds per call of each subject, one figure a round, taken in turns so that a noisy machine slows all alike.
 
     The turns of a round come in the order of the last round reversed. A row that has used up its ``seconds`` ends
-    early, after `MIN_ROUNDS` at the soonest.
+    early, after `MIN_ROUNDS` at the soonest. A turn is of ``most_calls`` at most, after ``settle`` seconds of rest.
     """
     until = clock() + seconds
     calls, warm = {}, {}
@@ -184,7 +213,8 @@ def interleaved(
         once = run(1)
         if once < SURE:
             once = min(run(1), run(1))
-        calls[name] = max(1, round(seconds / (rounds * len(subjects) * max(once, 1e-7))))
+        fit = max(1, round(seconds / (rounds * len(subjects) * max(once, 1e-7))))
+        calls[name] = min(fit, most_calls or fit)
         warm[name] = once < LONG
     order = list(subjects)
     found: dict[str, list[float]] = {name: [] for name in subjects}
@@ -192,7 +222,7 @@ def interleaved(
         if done >= MIN_ROUNDS and clock() > until:
             break
         for name in order:
-            sleep(SETTLE)
+            sleep(settle)
             if warm[name]:
                 subjects[name](1)
             found[name].append(subjects[name](calls[name]) / calls[name])

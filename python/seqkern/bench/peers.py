@@ -3,15 +3,31 @@
 import importlib.util
 import shutil
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
-from seqkern.bench import fresh, measure, onnx_peer
+from seqkern.bench import measure, onnx_peer
 from seqkern.bench.attention import AttentionRow
-from seqkern.bench.attention_models import ByFlex, ByTorch
+from seqkern.bench.attention_models import ByFlex, ByKernel, ByTorch, ByVarlen
 from seqkern.bench.measure import Timed
-from seqkern.bench.rows import COMPILE, FLEX, INFERENCE, ONNX, OURS, TORCH, Row
+from seqkern.bench.place import CPU, Place
+from seqkern.bench.recurrent import ByCells, RecurrentRow
+from seqkern.bench.rows import (
+    COMPILE,
+    CUDNN,
+    EFFICIENT,
+    FLASH,
+    FLEX,
+    LOOP,
+    MATH,
+    ONNX,
+    OURS,
+    TORCH,
+    VARLEN,
+    Row,
+)
 from seqkern.bench.targets import PLAIN
 
 
@@ -23,8 +39,8 @@ class Peer(ABC):
     first_call: float | None = None
     peak_bytes: int | None = None
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self, threads: int, place: Place = CPU) -> None:
+        self.threads, self.place = threads, place
 
     @classmethod
     def missing(cls) -> str:
@@ -35,13 +51,18 @@ class Peer(ABC):
     def prepare(self, row: Row, mode: str) -> Timed:
         """The row ready to be timed; raises where it fails."""
 
+    def ready(
+        self, row: Row, mode: str, model: nn.Module, inputs: tuple[Any, ...], accelerated: bool | None = None
+    ) -> Timed:
+        """A model of the row's, its first call made; ``accelerated`` as in `Place.cost`."""
+        call = measure.caller(model, inputs, mode)
+        self.first_call, self.peak_bytes = self.place.cost(
+            call, row, mode, accelerated=accelerated, threads=self.threads
+        )
+        return self.place.timed(call, mode, graphed=row.graphed, given=measure.size(model, inputs))
+
     def close(self) -> None:  # noqa: B027  # most peers hold nothing
         pass
-
-
-def probed(row: Row, mode: str, *, accelerated: bool, threads: int) -> tuple[float | None, int | None]:
-    """`fresh.probe` of the rows that ask for it."""
-    return fresh.probe(row, mode, accelerated=accelerated, threads=threads) if row.probed else (None, None)
 
 
 def without_compiler(label: str) -> str:
@@ -55,8 +76,7 @@ class Torch(Peer):
     name = label = TORCH
 
     def prepare(self, row: Row, mode: str) -> Timed:
-        self.first_call, self.peak_bytes = probed(row, mode, accelerated=False, threads=self.threads)
-        return measure.timed(measure.caller(*row.build(), mode), mode)
+        return self.ready(row, mode, *self.place.build(row), accelerated=False)
 
 
 class Compiled(Peer):
@@ -71,16 +91,31 @@ class Compiled(Peer):
 
     def prepare(self, row: Row, mode: str) -> Timed:
         torch._dynamo.reset()
-        model, inputs = row.build()
-        run = measure.timed(measure.caller(torch.compile(model), inputs, mode), mode)  # type: ignore[arg-type]
-        self.first_call = run(1)
-        return run
+        model, inputs = self.place.build(row)
+        return self.ready(row, mode, torch.compile(model), inputs)  # type: ignore[arg-type]
 
     def close(self) -> None:
         torch._dynamo.reset()
 
 
-class Flex(Peer):
+class Instead(Peer):
+    """A peer that is another module than the row's, of the same results."""
+
+    @abstractmethod
+    def module(self, row: Row, model: nn.Module) -> nn.Module:
+        """The module that stands for the row's."""
+
+    def prepare(self, row: Row, mode: str) -> Timed:
+        model, inputs = self.place.build(row)
+        with self.place.drawing():
+            stands = self.module(row, model)
+        run = self.ready(row, mode, stands, inputs)
+        found = measure.results(stands, inputs, mode)
+        measure.compare(self.name, measure.results(model, inputs, mode), list(found.values()))
+        return run
+
+
+class Flex(Instead):
     """torch's FlexAttention, which is meant to be compiled."""
 
     name, label = FLEX, "FlexAttention"
@@ -89,29 +124,69 @@ class Flex(Peer):
     def missing(cls) -> str:
         return without_compiler(cls.label)
 
-    def prepare(self, row: Row, mode: str) -> Timed:
+    def module(self, row: Row, model: nn.Module) -> nn.Module:
         torch._dynamo.reset()
-        assert isinstance(row, AttentionRow)
-        model, inputs = row.build()
-        assert isinstance(model, ByTorch) and mode == INFERENCE
-        ours = ByFlex(model.asked, row.shape)
-        call = measure.caller(ours, inputs, mode)
-        run = measure.timed(call, mode)
-        self.first_call = run(1)
-        measure.compare(
-            FLEX, measure.results(model, inputs, mode), list(measure.results(ours, inputs, mode).values())
-        )
-        return run
+        assert isinstance(row, AttentionRow) and isinstance(model, ByTorch)
+        return ByFlex(model.asked, row.shape)
 
     def close(self) -> None:
         torch._dynamo.reset()
 
 
+class Kernel(Instead):
+    """torch's attention, held to one of its kernels."""
+
+    def module(self, row: Row, model: nn.Module) -> nn.Module:
+        return ByKernel(model, self.name)
+
+
+class Cudnn(Kernel):
+    name, label = CUDNN, "torch, cuDNN"
+
+
+class Flash(Kernel):
+    name, label = FLASH, "torch, flash"
+
+
+class Efficient(Kernel):
+    name, label = EFFICIENT, "torch, efficient"
+
+
+class Math(Kernel):
+    name, label = MATH, "torch, math"
+
+
+class Varlen(Instead):
+    """torch's own attention of packed sequences, which only GPUs have."""
+
+    name, label = VARLEN, "torch, varlen"
+
+    @classmethod
+    def missing(cls) -> str:
+        if importlib.util.find_spec("torch.nn.attention.varlen"):
+            return ""
+        return f"{cls.label} is left out: torch {torch.__version__} has none; it needs 2.10"
+
+    def module(self, row: Row, model: nn.Module) -> nn.Module:
+        assert isinstance(model, ByTorch)
+        return ByVarlen(model.asked)
+
+
+class Loop(Instead):
+    """A loop over torch's cell module, one call a step: what a user writes whose cell is not torch's."""
+
+    name, label = LOOP, "torch, a loop of cells"
+
+    def module(self, row: Row, model: nn.Module) -> nn.Module:
+        assert isinstance(row, RecurrentRow) and isinstance(model, nn.RNNBase)
+        return ByCells(model)
+
+
 class OnnxRuntime(Peer):
     name, label = ONNX, "ONNX Runtime"
 
-    def __init__(self, threads: int) -> None:
-        super().__init__(threads)
+    def __init__(self, threads: int, place: Place = CPU) -> None:
+        super().__init__(threads, place)
         self._server: onnx_peer.Server | None = None
 
     @classmethod
@@ -139,11 +214,17 @@ class Ours(Peer):
     name = label = OURS
 
     def prepare(self, row: Row, mode: str) -> Timed:
-        model, inputs = row.build()
-        model = row.ours(model)
-        measure.gate(row, mode, model)
-        self.first_call, self.peak_bytes = probed(row, mode, accelerated=True, threads=self.threads)
-        return measure.timed(measure.caller(model, inputs, mode), mode)
+        model, inputs = self.place.build(row)
+        with self.place.kernels():
+            model = row.ours(model)
+            measure.gate(row, mode, model, self.place.drawing)
+            run = self.ready(row, mode, model, inputs, accelerated=True)
+
+        def ours(calls: int) -> float:
+            with self.place.kernels():
+                return run(calls)
+
+        return ours
 
 
 class Plain(Peer):
@@ -153,9 +234,20 @@ class Plain(Peer):
 
     def prepare(self, row: Row, mode: str) -> Timed:
         row = row.plain()
-        model, inputs = row.build()
-        return measure.timed(measure.caller(row.ours(model), inputs, mode), mode)
+        model, inputs = self.place.build(row)
+        with self.place.kernels():
+            call = measure.caller(row.ours(model), inputs, mode)
+            run = self.place.timed(call, mode, graphed=row.graphed, given=measure.size(model, inputs))
+
+        def plain(calls: int) -> float:
+            with self.place.kernels():
+                return run(calls)
+
+        return plain
 
 
-PEERS: dict[str, type[Peer]] = {each.name: each for each in (Torch, Compiled, OnnxRuntime, Flex)}
+PEERS: dict[str, type[Peer]] = {
+    each.name: each
+    for each in (Torch, Cudnn, Flash, Efficient, Math, Varlen, Loop, Compiled, OnnxRuntime, Flex)
+}
 SUBJECTS: dict[str, type[Peer]] = PEERS | {each.name: each for each in (Ours, Plain)}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from seqkern.bench import bars, curves, heatmap
 from seqkern.bench.attention import LENGTHS, SWEEP
-from seqkern.bench.record import Record
+from seqkern.bench.record import Record, timed
 from seqkern.bench.rows import OTHER
 
 
@@ -24,6 +24,7 @@ def draw(records: Sequence[Record], results: Path) -> dict[str, Path]:
     """
     if not records:
         raise ValueError("there is no result to draw")
+    records = timed(records)
     if missing():
         return {}
     drawn: dict[str, Path] = {}

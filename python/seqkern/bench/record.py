@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 import seqkern
+from seqkern.bench.ceilings import Ceilings
 from seqkern.bench.limits import Limits
-from seqkern.bench.rows import FLOP, OURS
+from seqkern.bench.rows import FLOP, OURS, TERAFLOP
 from seqkern.bench.targets import Target, judge
 from seqkern.ops import _library
 
@@ -67,10 +68,19 @@ class Record:
     machine: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     commit: str = ""  #: of the checkout, with a + where files had been changed; empty elsewhere
+    peaks: dict[str, float] = field(
+        default_factory=dict
+    )  #: GF/s of torch's own large matmul on a GPU, by dtype
+    left_out: dict[str, str] = field(default_factory=dict)  #: subjects without a timing, and why
 
     @property
     def key(self) -> tuple[str, str]:
         return self.name, self.mode
+
+    @property
+    def failure(self) -> str:
+        """Why seqkern itself has no figure; empty where it has one."""
+        return self.left_out.get(OURS, "")
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -86,18 +96,20 @@ class Record:
         if self.bytes_read is not None and self.unit != FLOP:
             read = self.bandwidth.get(self.level)
             return read and read * 1e9 * self._amount / self.bytes_read
+        if self.unit == TERAFLOP:
+            return self.peaks[self.dtype] / 1e3 if self.dtype in self.peaks else None
         return self.fma_peak if self.unit == FLOP and self.dtype == "float32" else None
 
-    def held_against(self, found: Limits) -> "Record":
+    def held_against(self, found: Limits | Ceilings) -> "Record":
         """The record with a run's limits and its shares of them."""
-        own = self.timings[OURS].median
-        return dataclasses.replace(
-            self,
-            share_of_peak=found.share_of_peak(self.flop, own, self.dtype),
-            share_of_read=found.share_of_read(self.bytes_read, own, self.level),
-            fma_peak=found.fma_peak,
-            bandwidth=dict(found.bandwidth),
-        )
+        limits: dict[str, Any] = {"fma_peak": found.fma_peak, "bandwidth": dict(found.bandwidth)}
+        if isinstance(found, Ceilings):
+            limits["peaks"] = dict(found.peaks)
+        if not self.failure:
+            own = self.timings[OURS].median
+            limits["share_of_peak"] = found.share_of_peak(self.flop, own, self.dtype)
+            limits["share_of_read"] = found.share_of_read(self.bytes_read, own, self.level)
+        return dataclasses.replace(self, **limits)
 
     @property
     def _amount(self) -> float:
@@ -138,9 +150,15 @@ def _allowed_cores() -> list[int]:
     )
 
 
+def title(machine: dict[str, Any]) -> str:
+    """What a table or picture calls the machine: its GPU where that was measured."""
+    return machine.get("gpu") or f"{machine['cpu']} {machine['isa']}"
+
+
 def kind(machine: dict[str, Any]) -> str:
     """A name of the kind of machine for a file."""
-    words = f"{machine['cpu']} {machine['family']} {machine['cores']}c {machine['isa']}".lower()
+    words = f"{machine['cpu']} {machine['family']} {machine['cores']}c {machine['isa']}"
+    words = str(machine.get("gpu", words)).lower()
     return "-".join(re.findall(r"[a-z0-9]+", re.sub(r"\((r|tm)\)", "", words)))
 
 
@@ -197,6 +215,11 @@ def read(path: Path) -> list[Record]:
 def latest(records: list[Record]) -> list[Record]:
     """The last record of each row and mode, in the order in which they first came."""
     return list({record.key: record for record in records}.values())
+
+
+def timed(records: Sequence[Record]) -> list[Record]:
+    """Those with a figure of seqkern's own."""
+    return [record for record in records if not record.failure]
 
 
 def newest(folder: Path, suite: str) -> Path | None:

@@ -39,7 +39,7 @@ class RecurrentRow(Row):
 
     def lengths(self) -> Tensor:
         """Lengths of the packed sequences, even over 1 … T, the longest first."""
-        return torch.linspace(self.T, 1, self.B).round().long()
+        return torch.linspace(self.T, 1, self.B, device="cpu").round().long()
 
     def build(self) -> tuple[nn.Module, tuple[Any, ...]]:
         options = {} if self.is_cell else {"num_layers": self.layers, "bidirectional": self.bidirectional}
@@ -82,6 +82,25 @@ class RecurrentRow(Row):
         if self.module == "LSTM":
             return Target(1.25, TORCH, or_peak=0.80)
         return Target(6.0 if self.module == "GRU" and self.B == 1 else 2.5, TORCH, noted_peak=0.80)
+
+
+class ByCells(nn.Module):
+    """A layer of one direction as a loop over torch's cell module, on the layer's own weights."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.is_lstm = layer.mode == "LSTM"
+        self.cell = getattr(nn, f"{layer.mode.partition('_')[0]}Cell")(layer.input_size, layer.hidden_size)
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            setattr(self.cell, name, getattr(layer, f"{name}_l0"))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        state, outputs = None, []
+        for step in x.unbind(0):
+            state = self.cell(step, state)
+            outputs.append(state[0] if self.is_lstm else state)
+        last = tuple(each[None] for each in state) if self.is_lstm else state[None]  # type: ignore[index, union-attr]
+        return torch.stack(outputs), last
 
 
 def rows() -> tuple[RecurrentRow, ...]:

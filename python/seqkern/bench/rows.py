@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +12,18 @@ from seqkern.bench.targets import Target
 
 OURS = "seqkern"  # among the subjects
 TORCH, COMPILE, ONNX, FLEX = "torch", "compile", "onnxruntime", "flex"  # the peers
+LOOP, VARLEN = "loop", "varlen"
+SDPA = CUDNN, FLASH, EFFICIENT, MATH = (
+    "cudnn",
+    "flash",
+    "efficient",
+    "math",
+)  # torch's attention, one kernel each
 INFERENCE, TRAINING = MODES = ("inference", "training")
+BACKWARD = "backward"  # the gradients alone
+EVERY_MODE = (*MODES, BACKWARD)
 PEERS, OTHER = "peers", "other"  # the rows whose peers' figures are known, and the rest
-FLOP, BYTES, TOKENS = "GF/s", "GB/s", "tokens/s"  # what a row's speed is told in
+FLOP, TERAFLOP, BYTES, TOKENS = "GF/s", "TF/s", "GB/s", "tokens/s"  # what a row's speed is told in
 TRAINING_FLOP = 3  # forward, gradient of the input and of the weights: a matmul of one size each
 
 
@@ -23,7 +32,11 @@ class Row(ABC):
     """One workload: what every suite's rows have in common."""
 
     suite: ClassVar[str]
-    probed: ClassVar[bool] = True  #: first call and memory are measured, in a process each
+    probed: ClassVar[bool] = True  #: first call and memory are measured, on a processor in a process each
+    partly_judged: ClassVar[bool] = (
+        False  #: the oracle computes a part of the row, which is too large for float64
+    )
+    graphed: bool = field(default=False, kw_only=True)  #: every subject is replayed as a CUDA graph
 
     name: str
     group: str
@@ -60,15 +73,19 @@ class Row(ABC):
         raise ValueError(f"{self.name} has no option that could be left out")
 
     def oracle(self) -> tuple[nn.Module, tuple[Any, ...]]:
-        """The model whose results in float64 are right, and its inputs."""
+        """The model whose results in float64 are right, and its inputs; of a part of them if `partly_judged`."""
         return self.build()
+
+    def judged(self, name: str, result: torch.Tensor) -> torch.Tensor:
+        """What of a result, or of the gradient sent back through it, the oracle computes."""
+        return result
 
     def flop(self, mode: str) -> float:
         return self.forward_flop() * (TRAINING_FLOP if mode == TRAINING else 1)
 
     def amount(self, mode: str) -> float:
         """How much of its `unit` (per second) one call is."""
-        return self.flop(mode) / 1e9
+        return self.flop(mode) / (1e12 if self.unit == TERAFLOP else 1e9)
 
     def depth(self) -> int:
         """How many ops run one after another on what the last one rounded, for the tolerance."""
@@ -91,4 +108,4 @@ class Row(ABC):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+        return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)

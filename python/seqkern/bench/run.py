@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,16 +11,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from seqkern import report, testing
-from seqkern.bench import limits, measure, pictures, record, tables
+from seqkern.bench import limits, measure, pictures, place, record, tables
 from seqkern.bench.peers import PEERS, SUBJECTS, Ours, Peer, Plain
+from seqkern.bench.place import DeviceLost, Place
 from seqkern.bench.record import Record, Timing
-from seqkern.bench.rows import MODES, OURS, TORCH, TRAINING, Row
+from seqkern.bench.rows import EVERY_MODE, INFERENCE, OURS, TORCH, Row
 from seqkern.bench.suites import SUITES
 from seqkern.explanation import explain
 
 ROWS = ("peers", "all")
 WIDTH = 100  # columns of what is written to a file
 SHOWN = 40  # rows' names in a message
+LOST = 3  # exit code: the device answers no more in this process, rows are left for another
+SAID = 300  # letters of an error that are kept
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Options:
     seconds: float | None = None  #: of timing, for each row and mode; the suite's if None
     threads: int | None = None
     peers: tuple[str, ...] = tuple(PEERS)
+    device: str | None = None  #: cpu or cuda; the suite's if None
+    resume: bool = False  #: leave out the rows that the results file has already
 
     def check(self) -> None:
         """Raises ValueError naming the option, what came and what was expected."""
@@ -42,8 +47,8 @@ class Options:
             raise ValueError(f"suite is {self.suite!r}, expected one of {', '.join(SUITES)}")
         if self.rows not in ROWS:
             raise ValueError(f"rows is {self.rows!r}, expected one of {', '.join(ROWS)}")
-        if self.mode not in (*MODES, "both"):
-            raise ValueError(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}, both")
+        if self.mode not in (*EVERY_MODE, "both"):
+            raise ValueError(f"mode is {self.mode!r}, expected one of {', '.join(EVERY_MODE)}, both")
         if self.rounds is not None and self.rounds < 1:
             raise ValueError(f"rounds is {self.rounds}, expected at least 1")
         if self.seconds is not None and not 0 < self.seconds < float("inf"):
@@ -68,7 +73,7 @@ class Options:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        return MODES if self.mode == "both" else (self.mode,)
+        return EVERY_MODE if self.mode == "both" else (self.mode,)
 
     @property
     def pace(self) -> tuple[int, float]:
@@ -77,115 +82,184 @@ class Options:
         return self.rounds or suite.rounds, self.seconds or suite.seconds
 
 
+def short(e: Exception) -> str:
+    """An error in a line."""
+    kind = "" if isinstance(e, (measure.WrongResult, measure.PeerFailed)) else f"{type(e).__name__}: "
+    said = " ".join(f"{kind}{e}".split())
+    return said if len(said) <= SAID else f"{said[:SAID]} ..."
+
+
+def guarded(name: str, run: measure.Timed) -> measure.Timed:
+    """A subject whose failures name it."""
+
+    def guard(calls: int) -> float:
+        try:
+            return run(calls)
+        except measure.PeerFailed:
+            raise
+        except Exception as e:  # a compiler's, an allocator's or a driver's
+            raise measure.PeerFailed(name, short(e)) from e
+
+    return guard
+
+
 def run_row(
     row: Row,
     mode: str,
     ours: Peer,
     peers: Sequence[Peer],
-    found: limits.Limits,
+    found: limits.Limits | place.Ceilings,
     options: Options,
     about: dict,
-) -> tuple[Record, list[str]]:
-    """One record, and what had to be left out of it. Raises measure.WrongResult where seqkern fails the gate."""
-    left_out = []
-    subjects = {OURS: ours.prepare(row, mode)}
-    ran = {OURS: ours}
-    rivals = row.rivals(mode)
-    for peer in (*peers, Plain(ours.threads)):
-        if peer.name not in rivals:
+) -> Record:
+    """One record, without timings where seqkern failed the gate or broke down."""
+    here = ours.place
+    made = Record(
+        **{"suite": row.suite, "name": row.name, "group": row.group, "mode": mode, "dtype": row.dtype},
+        flop=row.flop(mode),
+        timings={},
+        backend="",
+        unit=row.unit,
+        amount=row.amount(mode),
+        sizes=row.sizes(),
+        bytes_read=row.bytes_read(mode),
+        level=found.level(row.bytes_held(mode)),
+        target=row.target(mode),
+        rounds=0,
+        threads=torch.get_num_threads(),
+        **about,
+    )
+    rivals, backend = row.rivals(mode), ""
+    left_out: dict[str, str] = {}
+
+    def recover() -> None:
+        try:
+            here.recover(f"{row.name}, {mode}: {left_out}")
+        except DeviceLost as e:
+            e.row = replace(made, left_out={OURS: str(e)} | left_out)
+            raise
+
+    subjects: dict[str, measure.Timed] = {}
+    ran: dict[str, Peer] = {}
+    for peer in (ours, *peers, Plain(ours.threads, here)):
+        if peer is not ours and peer.name not in rivals:
             continue
         try:
-            subjects[peer.name] = peer.prepare(row, mode)
-        except Exception as e:  # a peer's failure is no reason to lose the row
-            left_out.append(f"{row.name}, {mode}: {peer.label} is left out: {e}")
+            subjects[peer.name] = guarded(peer.name, peer.prepare(row, mode))
+            backend = backend or which_backend(row, mode, here)
+        except Exception as e:  # a peer's failure is no reason to lose the row, nor a row's to lose the run
+            left_out[peer.name] = short(e)
         else:
             ran[peer.name] = peer
+            continue
+        recover()
+        if peer is ours:
+            return replace(made, left_out=left_out)
+    rounds, seconds = options.pace
+    pace = {"rounds": rounds, "seconds": seconds, "settle": here.settle, "most_calls": here.most_calls}
     times = None
     while times is None:
         try:
-            rounds, seconds = options.pace
-            times = measure.interleaved(subjects, rounds=rounds, seconds=seconds)
+            times = measure.interleaved(subjects, **pace)
         except measure.PeerFailed as e:
             del subjects[e.peer]
-            left_out.append(f"{row.name}, {mode}: {SUBJECTS[e.peer].label} is left out: {e}")
-    level = found.level(row.bytes_held(mode))
-    found.sample(levels={"L2", level} if row.bytes_read(mode) else {"L2"})
+            left_out[e.peer] = str(e)
+        if times is None:
+            recover()
+        if times is None and OURS in left_out:
+            return replace(made, left_out=left_out)
+    found.sample(levels={"L2", made.level} if made.bytes_read else {"L2"})
     over = measure.ratios(times, OURS)
     timings = {}
     for name, each in times.items():
         t, r = measure.spread(each), over.get(name)
         ratio = (r.median, r.p20, r.p80) if r else (None, None, None)
         timings[name] = Timing(t.median, t.p20, t.p80, *ratio, ran[name].first_call, ran[name].peak_bytes)
-    model, inputs = row.build()
-    with torch.set_grad_enabled(mode == TRAINING):
-        ours_alone = row.ours(model).train(mode == TRAINING)
+    rounds = len(times[OURS])
+    return replace(made, timings=timings, backend=backend, rounds=rounds, left_out=left_out)
+
+
+def which_backend(row: Row, mode: str, here: Place) -> str:
+    """The backends that seqkern runs a row on."""
+    model, inputs = here.build(row)
+    with torch.set_grad_enabled(mode != INFERENCE), here.kernels():
+        ours = row.ours(model).train(mode != INFERENCE)
         # As a function: a module is followed by wrapping its forwards, which `generate` refuses.
-        backends = explain(lambda *given: ours_alone(*given), *inputs).rows
-    made = Record(
-        **{"suite": row.suite, "name": row.name, "group": row.group, "mode": mode, "dtype": row.dtype},
-        flop=row.flop(mode),
-        timings=timings,
-        backend=", ".join(sorted({each.backend for each in backends})) or TORCH,
-        unit=row.unit,
-        amount=row.amount(mode),
-        sizes=row.sizes(),
-        bytes_read=row.bytes_read(mode),
-        level=level,
-        target=row.target(mode),
-        rounds=len(times[OURS]),
-        threads=torch.get_num_threads(),
-        **about,
-    )
-    return made, left_out
+        found = explain(lambda *given: ours(*given), *inputs).rows
+    return ", ".join(sorted({each.backend for each in found})) or TORCH
+
+
+def wanted_peers(options: Options, here: Place, console: Console) -> list[Peer]:
+    """The peers that are there, of those that some row asks for."""
+    asked = {name for row, mode in options.work() for name in row.rivals(mode)}
+    found = []
+    for name in options.peers:
+        if name not in asked:
+            continue
+        if reason := PEERS[name].missing():
+            console.print(Text(reason, "yellow"))
+        else:
+            found.append(PEERS[name](torch.get_num_threads(), here))
+    return found
 
 
 def run(options: Options, output: Path, console: Console) -> tuple[Path, list[str]]:
-    """Times every row wanted and appends the results. Returns their file and the rows that failed the gate."""
+    """Times every row wanted and appends the results. Returns their file and the rows that failed."""
+    here = place.found(options.device or SUITES[options.suite].device)
     about = {
-        "machine": record.machine(),
-        "versions": record.versions(),
+        "machine": here.machine(),
+        "versions": here.versions(),
         "commit": record.commit(),
         "run": record.now(),
     }
     path = output / f"{options.suite}-{record.kind(about['machine'])}.jsonl"
-    ours, peers, failed, notes = Ours(torch.get_num_threads()), [], [], []
-    for name in options.peers:
-        if reason := PEERS[name].missing():
-            console.print(Text(reason, "yellow"))
-        else:
-            peers.append(PEERS[name](torch.get_num_threads()))
-    work = options.work()
+    ours, peers = Ours(torch.get_num_threads(), here), wanted_peers(options, here, console)
+    done = {each.key for each in record.read(path)} if options.resume and path.exists() else set()
+    work = [(row, mode) for row, mode in options.work() if (row.name, mode) not in done]
     parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     made: list[Record] = []
     found = limits.Limits()
+    settled = isinstance(
+        here, place.Gpu
+    )  # its limits are measured once, so each row can be written as it comes
     try:
-        with Progress(*parts, console=console) as progress:
+        with Progress(*parts, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("limits of this machine", total=len(work))
-            found = limits.measure()
+            found = here.limits()
             for row, mode in work:
                 progress.update(bar, description=f"{row.name}, {mode}")
+                lost = None
                 try:
-                    each, more = run_row(row, mode, ours, peers, found, options, about)
-                except measure.WrongResult as e:
-                    failed.append(str(e))
-                else:
-                    made.append(each)
-                    notes += more
-                    if not console.is_terminal and row.probed:  # where no bar is seen to move
-                        console.print(Text(tables.line(each)))
+                    with here.rounding(row.dtype):
+                        each = run_row(row, mode, ours, peers, found, options, about)
+                except DeviceLost as e:
+                    if e.row is None:
+                        raise
+                    each, lost = e.row, e
+                made.append(each)
+                if settled:
+                    record.append(path, [each.held_against(found)])
+                if lost is not None:
+                    raise lost
+                if not console.is_terminal and row.probed | settled:  # where no bar is seen to move
+                    console.print(Text(tables.line(each)))
                 progress.advance(bar)
     finally:  # also after an interrupt: what was measured is kept
         for peer in peers:
             peer.close()
         made = [each.held_against(found) for each in made]
-        record.append(path, made)
-    for table in tables.terminal(made):
+        if not settled:
+            record.append(path, made)
+    for table in tables.terminal(record.timed(made)):
         console.print(table)
     if made:
         console.print(Text(tables.machine_line(made)))
-    for note in notes:
-        console.print(Text(note, "yellow"))
-    return path, failed
+    for each in made:
+        for name, reason in each.left_out.items():
+            if name != OURS:
+                label = SUBJECTS[name].label
+                console.print(Text(f"{each.name}, {each.mode}: {label} is left out: {reason}", "yellow"))
+    return path, [f"{each.name}, {each.mode}: {each.failure}" for each in made if each.failure]
 
 
 def publish(path: Path, suite: str, page: Path | None = None) -> list[Path]:
@@ -203,7 +277,7 @@ def publish(path: Path, suite: str, page: Path | None = None) -> list[Path]:
 
 def main(options: Options, output: Path | None = None, console: Console | None = None) -> int:
     """Runs a suite and writes its results and picture into ``output``. Returns the exit code: 1 where a kernel
-    failed the gate.
+    failed the gate or broke down, `LOST` where its device then answered no more.
 
     Raises ValueError for options that make no sense and for a folder that cannot be written, before anything runs.
     """
@@ -215,10 +289,14 @@ def main(options: Options, output: Path | None = None, console: Console | None =
     start = time.perf_counter()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    with testing.without_torchs_warnings():
-        path, failed = run(options, output, console)
+    try:
+        with testing.without_torchs_warnings():
+            path, failed = run(options, output, console)
+    except DeviceLost as e:
+        console.print(Text(f"{options.suite} stopped: {e}", "bold red"))
+        return LOST
     for each in failed:
-        console.print(Text(f"no figure for a wrong result: {each}", "bold red"))
+        console.print(Text(f"no figure: {each}", "bold red"))
     if path.exists():
         console.print(Text(f"results: {path}"))
         for picture in publish(path, options.suite):

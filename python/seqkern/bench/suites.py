@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from seqkern.bench import attention, recurrent, transformer
+from seqkern.bench import attention, attention_gpu, recurrent, recurrent_gpu, transformer
 from seqkern.bench.rows import OTHER, Row
 
 MORE = (OTHER,)  # groups that only `--rows all` runs
@@ -14,6 +14,7 @@ class Suite:
     sizes: str  #: what the numbers in a row's name are
     rounds: int = 11
     seconds: float = 4.0  #: of timing, for each row and mode
+    device: str = "cpu"  #: where it runs unless another is asked for
 
     def wanted(self, everything: bool, only: str) -> list[Row]:
         rows = (row for row in self.rows if everything or row.group not in MORE)
@@ -25,4 +26,6 @@ SUITES: dict[str, Suite] = {
     "attention": Suite(attention.rows(), "B,H,L,D", seconds=3.0),
     "transformer": Suite(transformer.rows(), "B,L"),
     "sdpa-sweep": Suite(attention.sweep(), "B,H,L,S,D", rounds=7, seconds=0.25),
+    "rnn-cuda": Suite(recurrent_gpu.rows(), "B,T,I,H", rounds=7, seconds=0.7, device="cuda"),
+    "attention-cuda": Suite(attention_gpu.rows(), "B,H,L,D", rounds=7, seconds=0.5, device="cuda"),
 }

@@ -10,8 +10,23 @@ from seqkern import report
 from seqkern.bench.attention import BF16, DECODE, LENGTHS, OPTION, SLOWEST, SWEEP
 from seqkern.bench.peers import PEERS as PEER_CLASSES
 from seqkern.bench.peers import SUBJECTS
-from seqkern.bench.record import Record, Timing
-from seqkern.bench.rows import FLEX, MODES, ONNX, OTHER, OURS, PEERS, TORCH
+from seqkern.bench.record import Record, Timing, timed, title
+from seqkern.bench.recurrent_gpu import GRAPHED, ON_CHIP, PACKED, STEPS
+from seqkern.bench.rows import (
+    CUDNN,
+    EFFICIENT,
+    EVERY_MODE,
+    FLASH,
+    FLEX,
+    LOOP,
+    MATH,
+    ONNX,
+    OTHER,
+    OURS,
+    PEERS,
+    TORCH,
+    VARLEN,
+)
 from seqkern.bench.suites import SUITES
 from seqkern.bench.targets import PLAIN, best_ratio
 from seqkern.bench.transformer import GENERATION
@@ -24,6 +39,21 @@ HEADINGS = {
     BF16: "bfloat16",
     LENGTHS: "the length of the sequence",
     GENERATION: "greedy decoding",
+    ON_CHIP: "recurrent weights on chip, all steps in one launch",
+    STEPS: "a launch for each step",
+    PACKED: "packed sequences, lengths even from 1 to T",
+    GRAPHED: "every subject replayed as a CUDA graph",
+}
+SHORT = {
+    ONNX: "ORT",
+    FLEX: "flex",
+    PLAIN: "plain",
+    CUDNN: "cuDNN",
+    EFFICIENT: "effic.",
+    FLASH: "flash",
+    MATH: "math",
+    LOOP: "loop",
+    VARLEN: "varlen",
 }
 SLOW_SHOWN = 10  # of a sweep
 
@@ -72,16 +102,20 @@ def terminal(records: Sequence[Record]) -> Iterator[Any]:
     swept = [record for record in records if record.group == SWEEP]
     if swept:
         yield report.table(sweep_line(swept), *_slowest(swept), range(1, 5), tight=True)
-    for mode in MODES:
+    for mode in EVERY_MODE:
         of_mode = [record for record in records if record.mode == mode and record.group != SWEEP]
         for unit in by_first(of_mode, "unit"):
             yield _table([record for record in of_mode if record.unit == unit], mode, unit)
 
 
+def peak(records: Iterable[Record]) -> str:
+    """What the shares of a peak are shares of."""
+    return "the matmul rate" if any(record.peaks for record in records) else "FMA peak"
+
+
 def _table(found: Sequence[Record], mode: str, unit: str) -> Any:
     names = subjects(found)
-    short = {ONNX: "ORT", FLEX: "flex", PLAIN: "plain"}
-    columns = ["row", *(short.get(name, name) for name in names), "best", "peak", "read", "target"]
+    columns = ["row", *(SHORT.get(name, name) for name in names), "best", "peak", "read", "target"]
     rows = [
         (
             record.name,
@@ -93,12 +127,14 @@ def _table(found: Sequence[Record], mode: str, unit: str) -> Any:
         )
         for record in found
     ]
-    title = f"{mode}: {unit}; times over the best peer; shares of FMA peak and of the bandwidth read"
-    return report.table(title, columns, rows, range(1, len(columns) - 1), tight=True)
+    heading = f"{mode}: {unit}; times over the best peer; shares of {peak(found)} and of the bandwidth"
+    return report.table(heading, columns, rows, range(1, len(columns) - 1), tight=True)
 
 
 def line(record: Record) -> str:
     """A record in short, for a log."""
+    if record.failure:
+        return f"{record.name}, {record.mode}: no figure: {record.failure}"
     speeds = ", ".join(f"{label(name)} {rate(record.speed(name))}" for name in subjects([record]))
     return f"{record.name}, {record.mode}: {record.unit} {speeds}; best {times(best_ratio(record.ratios))}"
 
@@ -141,13 +177,15 @@ def machine_line(records: Sequence[Record]) -> str:
     days = sorted({record.run[:10] for record in records})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     limits = [] if last.fma_peak is None else [f"FMA peak {last.fma_peak:.0f} GF/s"]
+    limits += [f"matmul {dtype} {rate(value / 1e3)} TF/s" for dtype, value in last.peaks.items()]
     limits += [f"{level} {rate(value)} GB/s" for level, value in last.bandwidth.items()]
-    machine = " ".join(str(last.machine[key]) for key in ("cpu", "isa"))
     load = last.machine.get("load")
     busy = "" if load is None else f", load {load} at the start"
+    told = [f"{each} {last.machine[each]}" for each in ("driver", "clock") if each in last.machine]
+    driven = ", ".join(told) if "gpu" in last.machine else f"{last.threads} threads"
     used = ", ".join(f"{name} {version}" for name, version in last.versions.items())
     return (
-        f"{machine}, {last.threads} threads, {when}{busy}; {used}. "
+        f"{title(last.machine)}, {driven}, {when}{busy}; {used}. "
         f"Measured in the same run: {', '.join(limits) or 'no limits'}."
     )
 
@@ -176,7 +214,7 @@ def _section(records: list[Record], group: str) -> list[str]:
         *(label(name) for name in names),
         "over the best peer (p20 to p80)",
         "over its own plain time",
-        "of FMA peak",
+        f"of {peak(records)}",
         "of the bandwidth",
         "time of a call",
         "first call, seqkern / torch",
@@ -211,16 +249,24 @@ def _section(records: list[Record], group: str) -> list[str]:
 def markdown(records: Sequence[Record], pictures: Mapping[str, str] | None = None) -> str:
     """All of a suite's records as Markdown: the machine, the pictures (by what they show), the tables."""
     lines = [machine_line(records), ""]
+    failed = [record for record in records if record.failure]
+    records = timed(records)
     for said, path in (pictures or {}).items():
         lines += [f"![{said}]({path})", ""]
     swept = [record for record in records if record.group == SWEEP]
     if swept:
         lines += [f"{sweep_line(swept)}. Those that gain least:", "", *_markdown(*_slowest(swept)), ""]
     for group in by_first(records, "group"):
-        for mode in MODES:
+        for mode in EVERY_MODE:
             of_mode = [record for record in records if (record.mode, record.group) == (mode, group)]
             for unit in by_first(of_mode, "unit") if group != SWEEP else ():
                 lines += _section([record for record in of_mode if record.unit == unit], group)
+    if failed:
+        lines += [
+            "No figure:",
+            "",
+            *(f"- {record.name}, {record.mode}: {record.failure}" for record in failed),
+        ]
     return "\n".join(lines).rstrip()
 
 

@@ -12,6 +12,7 @@ class Target:
     """Reached with a ratio of times over a peer or, where ``or_peak`` is given, with a share of the FMA peak.
 
     ``and_peak`` is a share that must be reached as well, ``read`` the share of the bandwidth that must be.
+    ``and_best`` is a ratio over the best peer that must be reached beside the one over another subject.
     ``noted_peak`` is a share that is reported beside a missed ratio and does not meet the target: where a peer itself
     runs near the peak, the ratio is out of anyone's reach.
     """
@@ -22,6 +23,7 @@ class Target:
     noted_peak: float | None = None
     and_peak: float | None = None
     read: float | None = None
+    and_best: float | None = None
 
     def __str__(self) -> str:
         said = []
@@ -29,6 +31,8 @@ class Target:
             said.append(f"{1 / self.ratio:.3g}x the plain time at most")
         elif self.ratio is not None:
             said.append(f"{self.ratio:g}x {'the best peer' if self.over == BEST else self.over}")
+        if self.and_best is not None:
+            said.append(f"{self.and_best:g}x the best peer")
         if self.and_peak is not None:
             said.append(f"{self.and_peak:.0%} of peak")
         if self.read is not None:
@@ -61,7 +65,12 @@ def judge(
     if target is None:
         return "-"
     ratio = best_ratio(ratios) if target.over == BEST else ratios.get(target.over)
-    pairs = [(target.ratio, ratio), (target.and_peak, share), (target.read, read)]
+    pairs = [
+        (target.ratio, ratio),
+        (target.and_best, best_ratio(ratios)),
+        (target.and_peak, share),
+        (target.read, read),
+    ]
     wanted = [(want, got) for want, got in pairs if want is not None]
     if all(got is not None and got >= want for want, got in wanted):
         return "met"
