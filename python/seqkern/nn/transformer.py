@@ -189,7 +189,8 @@ class TransformerEncoder(nn.TransformerEncoder):
     r"""`torch.nn.TransformerEncoder`: a stack of layers, and, beyond torch, one that generates with a causal cache.
 
     Where torch packs padded sequences into a nested tensor (eval mode, no gradients, src_key_padding_mask alone) so
-    does this one, and padded rows of the output are the same; transforms of torch.func, where torch raises, do not. Masks go to the layers as they are given.
+    does this one, and padded rows of the output are the same; transforms of torch.func, where torch raises, do not.
+    Masks go to the layers as they are given.
 
     Args: encoder_layer, num_layers, norm, enable_nested_tensor, mask_check: as in torch.nn.TransformerEncoder. The
         layer may be of any class; `step` and `generate` need `TransformerEncoderLayer`.
