@@ -54,7 +54,7 @@ def check_inputs(
 def check_dtypes(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> None:
     for name, x in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
         if x is not None and not isinstance(x, Tensor):
-            raise RuntimeError(
+            raise TypeError(
                 f"MultiheadAttention: {name} is of type {type(x).__name__}, expected a tensor or None"
             )
         if x is not None and x.dtype != torch.bool and not x.is_floating_point():
