@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2}
 ROWS_WORTH_A_GRADIENT = (
-    256  # of weights in our matmul: fewer are a sum of so few products that torch's is faster
+    512  # of weights in our matmul: fewer are a sum of so few products that torch's is faster
 )
 
 _LIBRARY = torch.library.Library("seqkern", "FRAGMENT")
