@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 import seqkern
 from seqkern.functional import linear
-from seqkern.ops import _backend
-from seqkern.ops import linear as products
+from seqkern.ops import _backend, _linear_backends
 from seqkern.testing import DTYPES, poison, relative_rms, tolerance, worst
 
 ROWS = (1, 2, 3, 4, 5, 8, 17, 61)
@@ -27,7 +26,7 @@ def wide(tensors):
 
 
 def few(dtype):
-    return _backend.FEW_ROWS if dtype.itemsize > 2 else _backend.FEW_ROWS_OF_16_BITS
+    return _linear_backends.FEW_ROWS if dtype.itemsize > 2 else _linear_backends.FEW_ROWS_OF_16_BITS
 
 
 def hold(got, tensors, function=F.linear):
@@ -64,7 +63,7 @@ def test_the_activation_behind_it(run_on, dtype, activation):
 def test_gelu_keeps_the_digits_of_its_tails():
     x = torch.cat([torch.linspace(-13, 13, 20001), torch.tensor([0.0, -0.0, 100.0, -100.0])])
     with seqkern.backend("cpu"):
-        for rows in (x.view(-1, 1), x.view(1, -1).T[: _backend.FEW_ROWS]):
+        for rows in (x.view(-1, 1), x.view(1, -1).T[: _linear_backends.FEW_ROWS]):
             got = linear(rows, torch.ones(1, 1), activation="gelu")
             wide = rows.double()
             exact = wide / 2 * torch.special.erfc(-wide / 2**0.5)
@@ -181,8 +180,9 @@ def chosen(*tensors):
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_whose_rows_are_whose(dtype, dense, monkeypatch):
-    monkeypatch.setattr(_backend, "DENSE", dense)
-    monkeypatch.setattr(_backend, "BF16_DOT", True)
+    monkeypatch.setattr(_linear_backends, "DENSE", dense)
+    monkeypatch.setattr(_linear_backends, "BF16_DOT", True)
+    monkeypatch.setattr(_linear_backends, "TERM_BY_TERM", frozenset())
     most = few(dtype)
     fewest, next_, many = (case(rows, 500, 500, dtype) for rows in (most, most + 1, 600))
     assert chosen(*fewest).name == "cpu"
@@ -207,12 +207,35 @@ def test_whose_rows_are_whose(dtype, dense, monkeypatch):
         assert linear(*fewest).dtype == F.linear(*fewest).dtype
 
 
+@pytest.mark.built
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_where_torch_has_plain_loops(dtype, monkeypatch):
+    monkeypatch.setattr(_linear_backends, "TERM_BY_TERM", frozenset((dtype,)))
+    for rows in (8, 600):
+        tensors = case(rows, 500, 500, dtype)
+        assert chosen(*tensors).name == "cpu"
+        assert chosen(tensors[0].clone().requires_grad_(), *tensors[1:]).name == "cpu"
+        assert _linear_backends.gradient_of_weights_is_ours(rows, dtype)
+    small = case(8, 100, 100, dtype)
+    assert chosen(*small).name == "torch"
+    assert chosen(small[0].clone().requires_grad_(), *small[1:]).name == "torch"
+
+
+@pytest.mark.built
+def test_a_torch_that_does_not_tell_what_onednn_has():
+    def missing():
+        raise AttributeError
+
+    assert _linear_backends._by_onednn(None) and _linear_backends._by_onednn(missing)
+    assert not _linear_backends._by_onednn(lambda: False)
+
+
 @pytest.mark.native
 @pytest.mark.built
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("rows", [3, products.ROWS_WORTH_A_GRADIENT + 3])
+@pytest.mark.parametrize("rows", [3, _linear_backends.ROWS_WORTH_A_GRADIENT + 3])
 def test_gradients(rows, activation):
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    for dtype in DTYPES:
         tensors = case(rows, 33, 40, dtype)
         dy = torch.randn(rows, 40).to(dtype)
 

@@ -22,6 +22,8 @@ template <class CellT, class A>
 struct Shape {
     static constexpr int n = Simd<A>::n, G = CellT::G;
     static constexpr int U = G == 1 ? 2 : 1, NV = G * U, W = NV * n;
+    // Of a panel, packed apart: four vectors and a few rows of sums would not fit sixteen registers.
+    static constexpr int PART = SEQKERN_ACCUMULATORS < 16 && NV == 4 ? 2 : NV, PARTS = NV / PART;
     static constexpr int BLOCK = 2 * n, PANELS = 2 / U;  // panels in a block
     static constexpr int RESERVE = CellT::R;
     long I, H, P, blocks_h, blocks_p, blocks_i, ld_h, ld_p, ld_i;
@@ -47,17 +49,32 @@ SK_INLINE const S* input_row(const Layer& c, long t, long b) {
            b * c.input_b;
 }
 
-// W (G H x K) into forward panels [H / (U n)][K][G][U][n].
+// W (G H x K) into forward panels [H / (U n)][PARTS][K][PART][n], the vectors of a panel in the order [G][U].
 template <class CellT, class E, class S, class A>
 void pack_gates(E* to, const S* w, long K, const Shape<CellT, A>& s, long panel) {
-    constexpr int n = Shape<CellT, A>::n, U = Shape<CellT, A>::U, W = Shape<CellT, A>::W;
-    E* out = to + panel * whole_steps<E>(K) * W;
-    for (int g = 0; g < CellT::G; ++g)
-        for (int u = 0; u < U; ++u) {
-            long unit = (panel * U + u) * n;
-            pack_transposed<E>(out + (g * U + u) * Factor<E>::width, W, w + (g * s.H + unit) * K, K,
-                               s.H - unit, K);
-        }
+    using Sh = Shape<CellT, A>;
+    constexpr int n = Sh::n, U = Sh::U, PART = Sh::PART;
+    E* out = to + panel * whole_steps<E>(K) * Sh::W;
+    for (int v = 0; v < Sh::NV; ++v) {
+        const long unit = (panel * U + v % U) * n;
+        E* part = out + v / PART * whole_steps<E>(K) * PART * n;
+        pack_transposed<E>(part + v % PART * Factor<E>::width, PART * n, w + (v / U * s.H + unit) * K, K,
+                           s.H - unit, K);
+    }
+}
+
+// o[panel][row][W] (+)= a[row][K] times the packed gates of panel `first` and those behind it.
+template <class CellT, class E, class A>
+void gates_times(long rows, const E* a, long lda, const E* packed, long first, long panels, long K, A* o,
+                 long o_stride, bool accumulate) {
+    using Sh = Shape<CellT, A>;
+    constexpr int width = Sh::PART * Sh::n;
+    const long stride = whole_steps<E>(K) * Sh::W;
+    for (int part = 0; part < Sh::PARTS; ++part) {
+        const Panels<E> b{packed + first * stride + part * whole_steps<E>(K) * width,
+                          width * Factor<E>::depth, stride};
+        gemm<E, Sh::PART>(rows, a, lda, b, panels, K, o + part * width, Sh::W, o_stride, accumulate);
+    }
 }
 
 // W (R x K) into forward panels [R / 2n][K][2n].

@@ -11,12 +11,13 @@ namespace SEQKERN_ISA {
 constexpr long FORWARD_CHUNK_ROWS = 128;                 // rows that amortise one pass over W_ih
 constexpr unsigned long FORWARD_CHUNK_BYTES = 1u << 20;  // of pre-activations, unless one step needs more
 constexpr long ROWS_WORTH_PACKING = 64;                  // with fewer, weights are read as they lie
+constexpr long PANELS_OF_A_ROW = 32;                     // 4 to 16 KB of pre-activations
 
 template <class CellT, class A, class S>
 struct ForwardScan {
     using Sh = Shape<CellT, A>;
     using E = typename FactorsOf<A, S>::E;
-    static constexpr int n = Sh::n, G = Sh::G, U = Sh::U, NV = Sh::NV, W = Sh::W;
+    static constexpr int n = Sh::n, G = Sh::G, U = Sh::U, NV = Sh::NV, PART = Sh::PART, W = Sh::W;
     static constexpr bool ROUNDED = !__is_same(A, E);
 
     const ForwardCall& c;
@@ -186,7 +187,7 @@ struct ForwardScan {
         const long room =
             max_of(panels * rows, s.blocks_h * Sh::PANELS * width);  // of one step, if left alone
         return {rows, room, arena.take<E>(rows * s.ld_i), arena.take<A>(room * W),
-                arena.take<A>(width * 4 * W)};
+                arena.take<A>(max_of(width * 4, PANELS_OF_A_ROW) * W)};
     }
 
     void run_group(Group g, const Buffers& buf, Barrier* joint) {
@@ -216,8 +217,8 @@ struct ForwardScan {
                     gates_as_they_lie(c.weights[dir].w_ih, c.I, p0 + p, false, rows, buf.input, s.ld_i,
                                       buf.x + p * chunk_rows * W, false);
             } else {
-                gemm<E, NV>(rows, buf.input, s.ld_i, packed_panels(d[dir].w_ih, c.I, W, p0), panels, c.I,
-                            buf.x, W, chunk_rows * W, false);
+                gates_times<CellT, E, A>(rows, buf.input, s.ld_i, d[dir].w_ih, p0, panels, c.I, buf.x,
+                                         chunk_rows * W, false);
             }
             at = 0;
             for (bool together = true; together && step < end; ++step) {
@@ -231,6 +232,13 @@ struct ForwardScan {
         }
     }
 
+    // Panels between whose matmul and cell nothing else is done: for a single row as many as a little of L1
+    // holds, since one cell after the other is quicker than each behind a matmul that keeps it waiting.
+    static long panels_together(long m) {
+        if (m <= 1) return PANELS_OF_A_ROW;
+        return max_panels<PART>(ceil_div(m, ceil_div(m, max_rows<PART>())));
+    }
+
     long time_of(long dir, long step) const { return dir ? c.T - 1 - step : step; }
 
     // False: the members part after this step.
@@ -240,18 +248,21 @@ struct ForwardScan {
         const E* h_prev = d[dir].h[step & 1];
         E* h_next = d[dir].h[(step + 1) & 1];
         const E* a = h_prev + g.rows_begin * s.ld_p;
-        const long group = lying_h ? 1 : max_panels<NV>(ceil_div(m, ceil_div(max_of(m, 1), max_rows<NV>())));
+        const long group = panels_together(m);
         // Every other step runs backwards through the weights, and meets in L1 what the one before read last.
         const bool backwards = lying_h && step % 2;
         for (long at = 0; m > 0 && at < panels; at += group) {
-            const long p = backwards ? panels - 1 - at : at, count = min_of(group, panels - p);
+            const long count = min_of(group, panels - at), p = backwards ? panels - at - count : at;
             A* out = CellT::APART ? buf.r : x + p * x_stride;
             if (lying_h) {
-                gates_as_they_lie(c.weights[dir].w_hh, c.P, p0 + p, backwards, m, a, s.ld_p, out,
-                                  !CellT::APART);
+                for (long i = 0; i < count; ++i) {
+                    const long j = backwards ? count - 1 - i : i;
+                    gates_as_they_lie(c.weights[dir].w_hh, c.P, p0 + p + j, backwards, m, a, s.ld_p,
+                                      out + j * (CellT::APART ? m * W : x_stride), !CellT::APART);
+                }
             } else {
-                gemm<E, NV>(m, a, s.ld_p, packed_panels(d[dir].w_hh, c.P, W, p0 + p), count, c.P, out, W,
-                            CellT::APART ? m * W : x_stride, !CellT::APART);
+                gates_times<CellT, E, A>(m, a, s.ld_p, d[dir].w_hh, p0 + p, count, c.P, out,
+                                         CellT::APART ? m * W : x_stride, !CellT::APART);
             }
             for (long i = 0; i < count; ++i)
                 cell_rows(g, p0 + p + i, m, x + (p + i) * x_stride, buf.r + i * m * W, h_prev, h_next, row0);

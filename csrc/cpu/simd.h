@@ -69,6 +69,37 @@ SK_INLINE void store(A* p, Vec<A> v) {
     *reinterpret_cast<typename Simd<A>::Unaligned*>(p) = v;
 }
 
+// The second of two numbers that do not compare, as a NaN. Compilers make two instructions of the choice
+// written out, or three.
+#if SEQKERN_VECTOR_BYTES == 64
+SK_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) {
+    return __builtin_ia32_maxps512_mask(a, b, a, 0xffff, 4);
+}
+SK_INLINE Vec<float> smaller(Vec<float> a, Vec<float> b) {
+    return __builtin_ia32_minps512_mask(a, b, a, 0xffff, 4);
+}
+SK_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) {
+    return __builtin_ia32_maxpd512_mask(a, b, a, 0xff, 4);
+}
+SK_INLINE Vec<double> smaller(Vec<double> a, Vec<double> b) {
+    return __builtin_ia32_minpd512_mask(a, b, a, 0xff, 4);
+}
+#elif SEQKERN_VECTOR_BYTES == 32
+SK_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return __builtin_ia32_maxps256(a, b); }
+SK_INLINE Vec<float> smaller(Vec<float> a, Vec<float> b) { return __builtin_ia32_minps256(a, b); }
+SK_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) { return __builtin_ia32_maxpd256(a, b); }
+SK_INLINE Vec<double> smaller(Vec<double> a, Vec<double> b) { return __builtin_ia32_minpd256(a, b); }
+#else
+template <class V>
+SK_INLINE V larger(V a, V b) {
+    return a > b ? a : b;
+}
+template <class V>
+SK_INLINE V smaller(V a, V b) {
+    return a < b ? a : b;
+}
+#endif
+
 SK_INLINE float widen(float v) { return v; }
 SK_INLINE double widen(double v) { return v; }
 SK_INLINE float widen(half v) { return static_cast<float>(v); }
@@ -90,6 +121,32 @@ SK_INLINE void narrow(bfloat* p, float v) {
     p->bits = static_cast<unsigned short>(v != v ? (u >> 16) | 0x40u : rounded);
 }
 
+// Halves and floats by one instruction, to nearest even, where there is one.
+#if SEQKERN_VECTOR_BYTES == 64
+constexpr bool HALVES_CONVERT = true;
+SK_INLINE Vec<float> wide(Simd<float>::Shorts halves) {
+    typedef short In __attribute__((vector_size(32)));
+    return __builtin_ia32_vcvtph2ps512_mask((In)halves, Vec<float>{}, 0xffff, 4);
+}
+SK_INLINE Simd<float>::Shorts narrowed(Vec<float> v) {
+    typedef short Out __attribute__((vector_size(32)));
+    return (Simd<float>::Shorts)__builtin_ia32_vcvtps2ph512_mask(v, 0, Out{}, 0xffff);
+}
+#elif SEQKERN_VECTOR_BYTES == 32
+constexpr bool HALVES_CONVERT = true;
+SK_INLINE Vec<float> wide(Simd<float>::Shorts halves) {
+    typedef short In __attribute__((vector_size(16)));
+    return __builtin_ia32_vcvtph2ps256((In)halves);
+}
+SK_INLINE Simd<float>::Shorts narrowed(Vec<float> v) {
+    return (Simd<float>::Shorts)__builtin_ia32_vcvtps2ph256(v, 0);
+}
+#else
+constexpr bool HALVES_CONVERT = false;
+Vec<float> wide(Simd<float>::Shorts);
+Simd<float>::Shorts narrowed(Vec<float>);
+#endif
+
 // A whole vector. Sixteen-bit numbers are converted in integer arithmetic: compilers split _Float16 vectors.
 template <class A, class S>
 SK_INLINE Vec<A> load_whole(const S* p) {
@@ -97,7 +154,9 @@ SK_INLINE Vec<A> load_whole(const S* p) {
         return load<A>(p);
     } else {
         using U = typename Simd<A>::U;
-        const U bits = __builtin_convertvector(*reinterpret_cast<const typename Simd<A>::Shorts*>(p), U);
+        const typename Simd<A>::Shorts found = *reinterpret_cast<const typename Simd<A>::Shorts*>(p);
+        if constexpr (__is_same(S, half) && HALVES_CONVERT) return wide(found);
+        const U bits = __builtin_convertvector(found, U);
         if constexpr (__is_same(S, bfloat)) {
             return (Vec<A>)(bits << 16);
         } else {
@@ -122,6 +181,8 @@ template <class A, class S>
 SK_INLINE void store_whole(S* p, Vec<A> v) {
     if constexpr (__is_same(A, S)) {
         store<A>(p, v);
+    } else if constexpr (__is_same(S, half) && HALVES_CONVERT) {
+        *reinterpret_cast<typename Simd<A>::Shorts*>(p) = narrowed(v);
     } else {
         using U = typename Simd<A>::U;
         U found;

@@ -44,6 +44,19 @@ struct ExpTable<double> {
     static constexpr int mantissa_bits = 52;
 };
 
+// c[0] + c[1] r + ...: in pairs, whose sums are then a polynomial in the square. As many operations as one
+// after another, and half as long a chain: registers for results, not units, limit how many vectors are under
+// way.
+template <class A, int terms>
+SK_INLINE Vec<A> polynomial(Vec<A> r, Vec<A> square, const A (&c)[terms]) {
+    Vec<A> q = Vec<A>{} + c[terms - 1];
+    int i = terms - 2;
+    if constexpr (terms % 2 == 0) q = q * r + c[i--];
+    SK_UNROLL
+    for (; i > 0; i -= 2) q = q * square + (r * c[i] + c[i - 1]);
+    return q;
+}
+
 // x = n ln 2 + r: scale = 2^n unit, poly = e^r - 1, for x >= lowest; unit is a power of two.
 template <class A>
 SK_INLINE void exp_parts(Vec<A> x, Vec<A>& scale, Vec<A>& poly, Vec<A> unit = Vec<A>{} + 1) {
@@ -53,10 +66,8 @@ SK_INLINE void exp_parts(Vec<A> x, Vec<A>& scale, Vec<A>& poly, Vec<A> unit = Ve
     Vec<A> n = shifted - T::round_magic;
     Vec<A> r = x - n * T::ln2_high;
     r = r - n * T::ln2_low;
-    Vec<A> q = Vec<A>{} + T::c[T::terms - 1];
-    SK_UNROLL
-    for (int i = T::terms - 2; i >= 0; --i) q = q * r + T::c[i];
-    poly = (r * r) * q + r;
+    const Vec<A> square = r * r;
+    poly = square * polynomial<A>(r, square, T::c) + r;
     scale = (Vec<A>)(((U)shifted << T::mantissa_bits) + (U)unit);
 }
 
@@ -85,14 +96,13 @@ struct Exp2Table<double> {
     static constexpr double lowest = -1023.0;
 };
 
-// Written so that one instruction does it and a NaN passes.
 template <class A>
 SK_INLINE Vec<A> at_least(Vec<A> x, A low) {
-    return Vec<A>{} + low > x ? Vec<A>{} + low : x;
+    return larger(Vec<A>{} + low, x);
 }
 template <class A>
 SK_INLINE Vec<A> at_most(Vec<A> x, A high) {
-    return Vec<A>{} + high < x ? Vec<A>{} + high : x;
+    return smaller(Vec<A>{} + high, x);
 }
 
 // A result below the smallest normal number is 0.
@@ -117,9 +127,7 @@ SK_INLINE Vec<A> exp2_below(Vec<A> x) {
     x = at_least<A>(x, T::lowest);
     const Vec<A> shifted = x + ExpTable<A>::round_magic;
     const Vec<A> r = x - (shifted - ExpTable<A>::round_magic);
-    Vec<A> q = Vec<A>{} + T::c[T::terms - 1];
-    SK_UNROLL
-    for (int i = T::terms - 2; i >= 0; --i) q = q * r + T::c[i];
+    const Vec<A> q = polynomial<A>(r, r * r, T::c);
     const Vec<A> scale = (Vec<A>)(((U)shifted << ExpTable<A>::mantissa_bits) + (U)(Vec<A>{} + 1));
     return (q * r) * scale + scale;
 }

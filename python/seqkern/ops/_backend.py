@@ -22,22 +22,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from seqkern.ops import _attention_backends, _library
+from seqkern.ops import _attention_backends, _library, _linear_backends
 
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}
 CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 VARIABLE = "SEQKERN_BACKEND"
 CELL_WORTH_A_GRADIENT = 4_000_000  # weights, states and input of one step
-FEW_ROWS = 16  # of a linear layer, for which weights are read as they lie
-FEW_ROWS_OF_16_BITS = 4
-WEIGHTS_WORTH_IT = 250_000  # of such a layer
-FLOP_WORTH_PACKING = 10e6  # of a linear layer of more rows, where DENSE
-FLOP_WORTH_A_GRADIENT = 50e6  # of one that is differentiated
-BF16_ROWS_WORTH_PACKING = 512  # at most: torch's own dots are level with ours from there on
 STEPS_BELOW_A_GRADIENT = {"gru": 1, "rnn_tanh": 4, "rnn_relu": 4}
-BF16_DOT = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # our kernels and torch's use it
-BF16_STEPS_BELOW_A_GRADIENT = STEPS_BELOW_A_GRADIENT | {"gru": 3}  # where BF16_DOT makes torch's steps short
+BF16_STEPS_BELOW_A_GRADIENT = STEPS_BELOW_A_GRADIENT | {"gru": 3}  # where dots make torch's steps short
 BF16_TILES = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # AMX: torch's kernels alone use it
 PLAIN = frozenset((Tensor, Parameter))
 
@@ -52,13 +45,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on th
 _native = _library.native()
 CPU_READY = _native is not None
 CPU_MISSING = _library.why_missing()
-# Where torch multiplies by an MKL that was made for another vendor's AVX-512.
-DENSE = (
-    _native is not None
-    and "avx512" in _native.isas()
-    and _native.cpu_vendor() == "amd"
-    and torch.backends.mkl.is_available()
-)
 
 
 def _why_no_triton() -> str:
@@ -286,7 +272,7 @@ def torch_outruns(op: str, tensors: Sequence[Tensor | None]) -> str | None:
     if input.dim() == 2:  # packed
         return None
     steps, batch, _ = input.shape
-    dots = input.dtype is torch.bfloat16 and BF16_DOT
+    dots = input.dtype is torch.bfloat16 and _linear_backends.BF16_DOT
     if grad and steps <= (BF16_STEPS_BELOW_A_GRADIENT if dots else STEPS_BELOW_A_GRADIENT).get(op, 0):
         return "a gradient of so few steps"
     projected = cx is not None and cx.shape[-1] != hx.shape[-1]
@@ -301,18 +287,8 @@ def _linear_outruns(tensors: Sequence[Tensor | None]) -> str | None:
     assert input is not None and weight is not None
     if torch.compiler.is_compiling():
         return "a linear layer that a compiler fuses"
-    dtype, grad = weight.dtype, needs_grad(tensors)
     rows = input.numel() // max(1, weight.shape[1])
-    if not grad and rows <= (FEW_ROWS if weight.itemsize > 2 else FEW_ROWS_OF_16_BITS):
-        return "a linear layer of few weights" if weight.numel() < WEIGHTS_WORTH_IT else None
-    if not DENSE or dtype not in (torch.float32, torch.bfloat16):
-        return "a linear layer of many rows" if not grad else "a linear layer with a gradient"
-    if dtype is torch.bfloat16 and (grad or not BF16_DOT or rows > BF16_ROWS_WORTH_PACKING):
-        return "a linear layer of bfloat16"
-    flop = 2 * rows * weight.numel()
-    return (
-        "a linear layer so small" if flop < (FLOP_WORTH_A_GRADIENT if grad else FLOP_WORTH_PACKING) else None
-    )
+    return _linear_backends.torch_outruns(rows, weight, needs_grad(tensors))
 
 
 def _cpu_avoids(call: Call) -> str | None:

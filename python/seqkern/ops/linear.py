@@ -8,10 +8,9 @@ they lie. The compiled library adds the implementations on a CPU; the schemas, t
 import torch
 import torch.nn.functional as F
 
+from seqkern.ops._linear_backends import gradient_of_weights_is_ours
+
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2}
-ROWS_WORTH_A_GRADIENT = (
-    512  # of weights in our matmul: fewer are a sum of so few products that torch's is faster
-)
 
 _LIBRARY = torch.library.Library("seqkern", "FRAGMENT")
 for _schema in (
@@ -46,7 +45,7 @@ def _backward(ctx, grad):
         grad = torch.ops.aten.gelu_backward(grad, F.linear(input, weight, kept))
     rows, inputs = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
     of_input = torch.ops.seqkern.mm.default if rows.numel() else torch.mm
-    of_weight = of_input if len(rows) >= ROWS_WORTH_A_GRADIENT else torch.mm
+    of_weight = of_input if gradient_of_weights_is_ours(len(rows), weight.dtype) else torch.mm
     return (
         of_input(rows, weight).reshape(input.shape) if need_input else None,
         of_weight(rows.mT, inputs) if need_weight else None,

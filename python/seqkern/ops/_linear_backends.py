@@ -1,0 +1,73 @@
+"""Whose matmul is the faster one for a linear layer: fixed rules, from measurements that docs/decisions.md tells of."""
+
+from collections.abc import Callable
+
+import torch
+
+from seqkern.ops import _library
+
+FEW_ROWS = 16  # for which weights are read as they lie
+FEW_ROWS_OF_16_BITS = 4
+WEIGHTS_WORTH_IT = 250_000  # of such a layer
+FLOP_WORTH_PACKING = 10e6  # of a layer of more rows
+FLOP_WORTH_A_GRADIENT = 50e6  # of one that is differentiated
+FLOP_TERM_BY_TERM = 1e6  # where torch multiplies TERM_BY_TERM
+BF16_ROWS_WORTH_PACKING = 512  # at most: torch's own dots are level with ours from there on
+ROWS_WORTH_A_GRADIENT = (
+    512  # of weights, in float32: fewer are sums of so few products that torch's are faster
+)
+
+BF16_DOT = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # our kernels and torch's use it
+
+_native = _library.native()
+_ISAS = _native.isas() if _native is not None else []
+# Where torch multiplies by an MKL that was made for another vendor's processors.
+DENSE = (
+    _native is not None
+    and "avx2" in _ISAS
+    and _native.cpu_vendor() == "amd"
+    and torch.backends.mkl.is_available()
+)
+WIDE = "avx512" in _ISAS
+
+
+def _by_onednn(supported: Callable[[], bool] | None) -> bool:
+    """Whether torch's oneDNN multiplies such numbers here; True where torch does not tell."""
+    try:
+        return supported is None or bool(supported())
+    except (AttributeError, RuntimeError):
+        return True
+
+
+# Dtypes whose matmuls torch runs as plain loops, since its oneDNN has no kernel for them on this processor.
+TERM_BY_TERM = frozenset(
+    dtype
+    for dtype, name in (
+        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
+        (torch.float16, "_is_mkldnn_fp16_supported"),
+    )
+    if "avx2" in _ISAS and not _by_onednn(getattr(torch.ops.mkldnn, name, None))
+)
+
+
+def torch_outruns(rows: int, weight: torch.Tensor, grad: bool) -> str | None:
+    """Why torch's kernel is the faster one, or None."""
+    dtype = weight.dtype
+    if not grad and rows <= (FEW_ROWS if weight.itemsize > 2 else FEW_ROWS_OF_16_BITS):
+        return "a linear layer of few weights" if weight.numel() < WEIGHTS_WORTH_IT else None
+    flop = 2 * rows * weight.numel()
+    if dtype in TERM_BY_TERM:
+        return "a linear layer so small" if flop < FLOP_TERM_BY_TERM else None
+    if not DENSE or dtype not in (torch.float32, torch.bfloat16):
+        return "a linear layer of many rows" if not grad else "a linear layer with a gradient"
+    if dtype is torch.bfloat16 and (grad or not BF16_DOT or rows > BF16_ROWS_WORTH_PACKING):
+        return "a linear layer of bfloat16"
+    least = FLOP_WORTH_A_GRADIENT if grad else FLOP_WORTH_PACKING
+    return "a linear layer so small" if flop < least else None
+
+
+def gradient_of_weights_is_ours(rows: int, dtype: torch.dtype) -> bool:
+    """Of a layer whose output and gradient of the input are ours."""
+    if dtype in TERM_BY_TERM or dtype is torch.float64:
+        return True
+    return WIDE and rows >= ROWS_WORTH_A_GRADIENT
