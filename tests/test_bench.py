@@ -247,18 +247,32 @@ def test_a_line_that_is_no_result_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_readme_shows_the_newest_committed_results(suite, tmp_path):
-    path = record.newest(ROOT / "benchmarks" / "results", suite)
-    text = ""
-    if path is not None:
+def test_readme_shows_the_committed_results(suite, tmp_path):
+    of_machines = []
+    for path in record.published(ROOT / "benchmarks" / "results", suite):
         records = record.latest(record.read(path))
         drawn = pictures.draw(records, tmp_path / path.name)
         shown = {said: path.with_name(each.name) for said, each in drawn.items()}
         assert all(each.is_file() for each in shown.values())
-        text = tables.markdown(
-            records, {said: each.relative_to(ROOT).as_posix() for said, each in shown.items()}
+        of_machines.append(
+            (records, {said: each.relative_to(ROOT).as_posix() for said, each in shown.items()})
         )
+    text = tables.page(of_machines) if of_machines else ""
     assert tables.between(ROOT / "README.md", f"bench:{suite}") == text, "run benchmarks/publish.py"
+
+
+def test_other_machines_are_folded_away(tiny, tmp_path):
+    made, _ = ran(tmp_path, "--peers", "torch", "--mode", INFERENCE)
+    one, two = tables.page([(made, {})]), tables.page([(made, {}), (made, {"bars": "x.png"})])
+    assert one == tables.markdown(made) and two.startswith(one + "\n\n<details>\n<summary>")
+    assert "![bars](x.png)" in two and two.endswith("</details>")
+
+
+def test_a_file_of_another_suite_is_not_shown(tiny, tmp_path):
+    ran(tmp_path, "--peers", "torch", "--mode", INFERENCE)
+    (path,) = tmp_path.glob("*.jsonl")
+    path.rename(tmp_path / f"rnn-cuda-{path.name}")
+    assert record.published(tmp_path, "rnn-cuda") == []
 
 
 def test_pictures_refuse_nothing_to_draw(tmp_path):

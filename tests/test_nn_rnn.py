@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import seqkern
+from seqkern.ops import _linear_backends
 from seqkern.testing import relative_rms, tolerance, worst
 
 pytestmark = pytest.mark.filterwarnings(
@@ -314,9 +315,29 @@ def test_data_of_a_packed_sequence_keeps_its_order(run_on):
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_autocast_as_torch(kind):
+    if kind == "LSTM" and torch.bfloat16 in _linear_backends.TERM_BY_TERM:
+        pytest.skip("torch's own LSTM raises under autocast on this processor")
     theirs, ours = pair(kind, {"num_layers": 2})
     x = torch.randn(T, B, I)
     for given in (x, x.bfloat16()):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got, want = tensors(ours(given)), tensors(theirs(given))
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.built
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_autocast_where_torchs_lstm_has_no_kernel(form, dtype, monkeypatch):
+    monkeypatch.setattr(_linear_backends, "TERM_BY_TERM", frozenset((dtype,)))
+    ours = seqkern.nn.LSTM(I, H, num_layers=2, bidirectional=True)
+    x = torch.randn(T, B, I)
+    given = pack_padded_sequence(x, [6, 4, 1]) if form == "packed" else x
+    with torch.autocast("cpu", dtype=dtype):
+        (choice, *_) = seqkern.explain(ours, given).rows
+        got = tensors(ours(given))
+    assert choice.backend == "cpu"
+    want = tensors(copy.deepcopy(ours).to(dtype)(given.to(dtype)))
+    assert all(torch.equal(a, b) and a.dtype is dtype for a, b in zip(got, want, strict=True))
+    got[0].sum().backward()
+    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in ours.parameters())

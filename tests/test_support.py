@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_sequence
 import seqkern
 from seqkern.bench import tables
 from seqkern.explanation import Explanation
-from seqkern.ops import _backend
+from seqkern.ops import _backend, _linear_backends
 from seqkern.testing import DTYPES
 
 pytestmark = pytest.mark.filterwarnings(
@@ -97,6 +97,8 @@ def test_table_has_every_line():
 @pytest.mark.parametrize(("way", "module", "claim"), claims())
 def test_claim(way, module, claim, dtype, monkeypatch):
     monkeypatch.setattr(_backend, "BF16_TILES", False)
+    if "autocast" in way and module == "LSTM" and torch.bfloat16 in _linear_backends.TERM_BY_TERM:
+        claim = "cpu"  # as README says below the table
     case, cell = WAYS[way], module.endswith("Cell")
     inputs = case.inputs(cell, dtype)
     if claim == "-":

@@ -5,7 +5,7 @@ import torch
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import seqkern
-from seqkern.ops import _library
+from seqkern.ops import _library, _linear_backends
 from seqkern.spec import CELLS, layer, step
 
 NATIVE = _library.native()
@@ -213,8 +213,12 @@ def test_output_may_be_written_in_place(kind, dtype):
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_compiled_under_autocast_has_torchs_dtype(kind):
     theirs, ours, x = make(kind, {}, torch.float32)
+    raises = (
+        kind == "LSTM" and torch.bfloat16 in _linear_backends.TERM_BY_TERM
+    )  # torch's own, on this processor
     with torch.autocast("cpu", torch.bfloat16):
-        assert first(torch.compile(ours, backend="aot_eager")(x)).dtype == first(theirs(x)).dtype
+        dtype = torch.bfloat16 if raises else first(theirs(x)).dtype
+        assert first(torch.compile(ours, backend="aot_eager")(x)).dtype == dtype
 
 
 @pytest.mark.usefixtures("fresh_compiler")

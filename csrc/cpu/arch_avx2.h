@@ -1,7 +1,6 @@
 // Compiles what follows in a source file for AVX2, in a namespace of its own.
 // The system's headers come first: their inline functions belong to every machine.
 #include <sched.h>
-#include <stdlib.h>
 #include <time.h>
 
 #pragma GCC target("avx2,fma,f16c")

@@ -2,7 +2,6 @@
 // own. The system's headers come first: their inline functions belong to every machine.
 #include <immintrin.h>
 #include <sched.h>
-#include <stdlib.h>
 #include <time.h>
 
 #pragma GCC target("avx512bf16,avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,prefer-vector-width=512")

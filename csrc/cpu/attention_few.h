@@ -24,7 +24,7 @@ SK_INLINE void join_softmax_along_keys(A* scores, long keys, A* m, A* l, A* out,
     Vec<A> most = Vec<A>{} + hidden, sum{};
     for (long k = 0; k < keys; k += n) {
         const Vec<A> v = load<A>(scores + k);
-        most = v > most ? v : most;
+        most = larger(v, most);
     }
     A top = *m;
     for (long lane = 0; lane < n; ++lane) top = most[lane] > top ? most[lane] : top;

@@ -22,14 +22,14 @@ SK_INLINE void join_softmax(A* tile, long keys, const Running<A>& run, long coun
     for (int half = 0; half < 2; ++half) {
         const long next = min_of(k + 1, keys - 1);
         const Vec<A> a = load<A>(tile + k * W + half * n), b = load<A>(tile + next * W + half * n);
-        top[half][0] = a > top[half][0] ? a : top[half][0];
-        top[half][1] = b > top[half][1] ? b : top[half][1];
+        top[half][0] = larger(a, top[half][0]);
+        top[half][1] = larger(b, top[half][1]);
     }
     SK_UNROLL
     for (int half = 0; half < 2; ++half) {
         const Vec<A> before = load<A>(run.m + half * n);
-        Vec<A> m = top[half][0] > top[half][1] ? top[half][0] : top[half][1];
-        m = m > before ? m : before;
+        Vec<A> m = larger(top[half][0], top[half][1]);
+        m = larger(m, before);
         shift[half] = m == hidden ? Vec<A>{} : m;
         const Vec<A> f = exp2_below<A>(before - shift[half]);
         store<A>(fade + half * n, f);

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -110,6 +112,56 @@ int threads_for(const Layer& c) {
     return static_cast<int>(std::clamp(flop / FLOP_WORTH_A_THREAD, 1.0, most));
 }
 
+// New memory costs a fault and a cleared page for every 4 KB of it, as much time as a small call's
+// arithmetic.
+class KeptMemory {
+  public:
+    ~KeptMemory() {
+        while (count_) std::free(remove(0));
+    }
+
+    void* take(unsigned long bytes) {
+        int i = 0;
+        while (i < count_ && blocks_[i]->bytes < bytes) ++i;  // to the smallest that fits
+        if (i < count_) return remove(i) + 1;
+        void* p = nullptr;
+        if (posix_memalign(&p, alignof(Block), sizeof(Block) + bytes)) return nullptr;
+        return new (p) Block{bytes} + 1;
+    }
+
+    void give(void* p) {
+        if (!p) return;
+        Block* block = static_cast<Block*>(p) - 1;
+        if (block->bytes > MOST_KEPT) return std::free(block);
+        while (count_ == MOST_BLOCKS || kept_ + block->bytes > MOST_KEPT) std::free(remove(0));
+        int i = count_++;
+        for (; i > 0 && blocks_[i - 1]->bytes > block->bytes; --i) blocks_[i] = blocks_[i - 1];
+        blocks_[i] = block;
+        kept_ += block->bytes;
+    }
+
+  private:
+    struct alignas(64) Block {
+        unsigned long bytes;
+    };
+    static constexpr unsigned long MOST_KEPT = 8u << 20;  // of a thread
+    static constexpr int MOST_BLOCKS = 8;
+
+    Block* remove(int i) {
+        Block* block = blocks_[i];
+        std::copy(blocks_ + i + 1, blocks_ + count_, blocks_ + i);
+        --count_;
+        kept_ -= block->bytes;
+        return block;
+    }
+
+    Block* blocks_[MOST_BLOCKS];  // by size
+    int count_ = 0;
+    unsigned long kept_ = 0;
+};
+
+thread_local KeptMemory kept_memory;
+
 template <class Call>
 void run(const Call& call, unsigned long bytes, void (*kernel)(const Call&, char*, const Team&)) {
     struct Context {
@@ -156,6 +208,23 @@ void measure(Probe& probe, double amount, F piece) {
 }
 
 }  // namespace
+
+void* take_scratch(unsigned long bytes) {
+#ifdef __SANITIZE_ADDRESS__  // memory of exactly this size, and not a number
+    void* p = nullptr;
+    return posix_memalign(&p, 64, bytes + 64) ? nullptr : std::memset(p, 0xff, bytes + 64);
+#else
+    return kept_memory.take(bytes + 64);
+#endif
+}
+
+void give_scratch(void* p) {
+#ifdef __SANITIZE_ADDRESS__
+    std::free(p);
+#else
+    kept_memory.give(p);
+#endif
+}
 
 std::vector<std::string> isas() {
     std::vector<std::string> names;

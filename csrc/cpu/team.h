@@ -2,8 +2,6 @@
 // it is merged across them by the linker.
 #pragma once
 
-#include <stdlib.h>
-
 namespace seqkern {
 
 struct alignas(64) Barrier {
@@ -13,13 +11,16 @@ struct alignas(64) Barrier {
     int alone_from = 0;  // the phase from which member 0 does all the work; 0: never
 };
 
-// Memory for one call, on a cache line. Null where there is none left.
+// Memory on a cache line that the calling thread has used before, if some of it is large enough; null where
+// there is none left. It is given back by the thread that took it.
+void* take_scratch(unsigned long bytes);
+void give_scratch(void* p);
+
+// Memory for one call. Null where there is none left.
 struct Scratch {
-    void* p = nullptr;
-    inline __attribute__((always_inline)) explicit Scratch(unsigned long bytes) {
-        if (posix_memalign(&p, 64, bytes + 64)) p = nullptr;
-    }
-    inline __attribute__((always_inline)) ~Scratch() { free(p); }
+    void* p;
+    inline __attribute__((always_inline)) explicit Scratch(unsigned long bytes) : p(take_scratch(bytes)) {}
+    inline __attribute__((always_inline)) ~Scratch() { give_scratch(p); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
 };

@@ -222,9 +222,8 @@ def timed(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if not record.failure]
 
 
-def newest(folder: Path, suite: str) -> Path | None:
-    """The suite's file whose last run is the newest."""
-    found = [
-        (read(path)[-1].run, path) for path in sorted(folder.glob(f"{suite}-*.jsonl")) if path.stat().st_size
-    ]
-    return max(found)[1] if found else None
+def published(folder: Path, suite: str) -> list[Path]:
+    """The suite's files, one of each machine, the one with the newest run first."""
+    found = [(read(path)[-1], path) for path in folder.glob(f"{suite}-*.jsonl") if path.stat().st_size]
+    mine = [(last.run, path) for last, path in found if last.suite == suite]
+    return [path for _, path in sorted(mine, reverse=True)]

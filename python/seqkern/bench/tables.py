@@ -270,6 +270,16 @@ def markdown(records: Sequence[Record], pictures: Mapping[str, str] | None = Non
     return "\n".join(lines).rstrip()
 
 
+def page(of_machines: Sequence[tuple[Sequence[Record], Mapping[str, str]]]) -> str:
+    """The `markdown` of each machine's records and pictures: the first as it is, the others folded away."""
+    first, *others = (markdown(records, shown) for records, shown in of_machines)
+    folded = [
+        f"<details>\n<summary>{title(records[-1].machine)}, {records[-1].run[:10]}</summary>\n\n{text}\n\n</details>"
+        for (records, _), text in zip(of_machines[1:], others)
+    ]
+    return "\n\n".join((first, *folded))
+
+
 def put(page: Path, name: str, text: str) -> bool:
     """Puts the text between ``<!-- name -->`` and ``<!-- /name -->``; whether the page changed.
 

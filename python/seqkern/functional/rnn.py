@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from seqkern import spec
-from seqkern.ops import _backend, _torchs_own
+from seqkern.ops import _backend, _linear_backends, _torchs_own
 from seqkern.ops import rnn as _declares_the_ops  # noqa: F401
 from seqkern.ops._checks import check_cell, check_layers, check_state_pair, check_uniform
 
@@ -231,6 +231,14 @@ def _torch_layers(cell, input, batch_sizes, hx, cx, weights, num_layers, dropout
     return found if cx is not None else (*found, None)
 
 
+def _cast_without_torch(cell: str, input: Tensor) -> torch.dtype | None:
+    """What autocast makes of an LSTM, where torch's own then finds no kernel for it on this processor and raises."""
+    if cell != "lstm" or not input.is_cpu or not torch.is_autocast_enabled("cpu"):
+        return None
+    lower = torch.get_autocast_dtype("cpu")
+    return lower if lower in _linear_backends.TERM_BY_TERM else None
+
+
 def _layers(
     cell: str,
     input: Tensor,
@@ -247,6 +255,25 @@ def _layers(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     directions = 2 if bidirectional else 1
     check_layers(cell, _GATES[cell], input, hx, cx, weights, batch_sizes, num_layers, directions, batch_first)
+    lower = _cast_without_torch(cell, input)
+    if lower is not None:
+        given = (None if t is None else t.to(lower) for t in (input, hx, cx, *weights))
+        input, hx, cx, *weights = given  # type: ignore[assignment]
+        with torch.autocast("cpu", enabled=False):
+            return _layers(
+                cell,
+                input,
+                hx,
+                cx,
+                weights,
+                batch_sizes,
+                num_layers,
+                bidirectional,
+                dropout,
+                training,
+                batch_first,
+                backend,
+            )
     unbatched = batch_sizes is None and input.dim() == 2
     if unbatched:
         input = input.unsqueeze(1)  # [T, 1, I]
