@@ -4,7 +4,7 @@
 #   benchmarks/gpu.sh [-o FOLDER] [-f TEXT] [STAGE ...]
 #
 # STAGE is tests, rnn, attention (these three if none is named), tune or sanitize. FOLDER gets the results and the log;
-# without it $OUT, else benchmarks/results. TEXT keeps the benchmarks' rows with it in their names.
+# without it benchmarks/results does. TEXT keeps the benchmarks' rows with it in their names.
 #
 # Needed: the Python in $PYTHON (python3 if unset) with torch for CUDA, Triton, rich and pytest; pytest-xdist makes the
 # tests faster. seqkern need not be installed and nothing is downloaded: where that Python does not find it, a folder of
@@ -19,7 +19,7 @@ declare -A LIMIT=([tests]=230 [rnn]=150 [attention]=200 [tune]=150 [sanitize]=15
 ATTEMPTS=4                                                                        # of a suite whose device was lost
 LOST=3                                                                            # the exit code that says so
 PYTHON=${PYTHON:-python3}
-folder=${OUT:-benchmarks/results}
+folder=benchmarks/results
 filter=
 
 usage() {

@@ -262,23 +262,17 @@ def run(options: Options, output: Path, console: Console) -> tuple[Path, list[st
     return path, [f"{each.name}, {each.mode}: {each.failure}" for each in made if each.failure]
 
 
-def draw(path: Path) -> dict[str, Path]:
-    """The pictures of a results file, drawn beside it, by what they show; none where matplotlib is missing."""
-    return pictures.draw(record.latest(record.read(path)), path)
-
-
 def publish(paths: Sequence[Path], suite: str, page: Path) -> list[Path]:
     """Draws the pictures of a suite's results files and renews its tables on a page. Returns the pictures' paths."""
-    drawn = [draw(path) for path in paths]
-    of_machines = [
-        (
-            record.latest(record.read(path)),
-            {said: each.relative_to(page.parent).as_posix() for said, each in shown.items()},
-        )
-        for path, shown in zip(paths, drawn)
-    ]
+    made, of_machines = [], []
+    for path in paths:
+        records = record.latest(record.read(path))
+        drawn = pictures.draw(records, path)
+        shown = {said: each.relative_to(page.parent).as_posix() for said, each in drawn.items()}
+        made += drawn.values()
+        of_machines.append((records, shown))
     tables.put(page, f"bench:{suite}", tables.page(of_machines))
-    return [each for shown in drawn for each in shown.values()]
+    return made
 
 
 def main(options: Options, output: Path | None = None, console: Console | None = None) -> int:
@@ -305,7 +299,7 @@ def main(options: Options, output: Path | None = None, console: Console | None =
         console.print(Text(f"no figure: {each}", "bold red"))
     if path.exists():
         console.print(Text(f"results: {path}"))
-        for picture in draw(path).values():
+        for picture in pictures.draw(record.latest(record.read(path)), path).values():
             console.print(Text(f"picture: {picture}"))
         if pictures.missing():
             console.print(Text(pictures.missing()))
