@@ -26,7 +26,7 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from seqkern.kernels import rnn, tuning
+from seqkern.kernels import rnn, tuning, tuning_cache
 from seqkern.kernels.cells import CELLS
 
 RESULTS = Path(__file__).parent / "results" / "compiled-rnn.jsonl"
@@ -98,8 +98,8 @@ def pretending(arch: int, case: Case, into: list):
     with (
         mock.patch.object(rnn, "launch", lambda *launch: into.append(launch)),
         mock.patch.object(tuning, "arch_of", return_value=arch),
-        mock.patch.object(tuning, "measured", return_value={}),
-        tuning.forced({}, steps=case.path != "sequence"),
+        mock.patch.object(tuning_cache, "measured", return_value={}),
+        tuning_cache.forced({}, steps=case.path != "sequence"),
     ):
         matmul.fp32_precision = "tf32" if case.dtype == "tf32" else "ieee"
         try:

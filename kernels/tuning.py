@@ -1,23 +1,14 @@
-"""Which configuration a kernel is launched with: data and pure functions of the architecture, the dtype and the sizes.
+"""Which configuration a recurrent kernel is launched with: pure functions of architecture, dtype and sizes.
 
-Measured choices (`seqkern tune`) lie in the user's cache directory and come before the rules here. The rules were made
-from compilers' reports of registers, spills and shared memory, not from timings.
+The rules were made from compilers' reports of registers, spills and shared memory, not from timings. What was measured
+(`tuning_cache`) comes before them.
 """
 
-import ctypes
-import json
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cache
-from importlib import metadata
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import triton
+
+from seqkern.kernels import tuning_cache
 
 
 class Arch(NamedTuple):
@@ -165,112 +156,15 @@ def step_candidates(arch: int, p: Problem) -> list[Config]:
     return busy + [c for c in found[::-1] if c not in busy]
 
 
-class _Force(NamedTuple):
-    configs: dict[str, Config]
-    steps: bool
-
-
-_force: ContextVar[_Force] = ContextVar("seqkern_tuning", default=_Force({}, False))  # noqa: B039
-
-
-@contextmanager
-def forced(configs: dict[str, Config], steps: bool = False) -> Iterator[None]:
-    """Puts configurations, by `Problem.key`, before all others in the block; with ``steps``, no sequence fits."""
-    token = _force.set(_Force(configs, steps))
-    try:
-        yield
-    finally:
-        _force.reset(token)
-
-
 def choose(arch: int, p: Problem) -> Config | None:
     """The configuration of a call; None where a sequence does not fit on chip."""
-    force = _force.get()
     whole = p.kernel.startswith("sequence")
-    if whole and force.steps:
+    if whole and tuning_cache.force.get().steps:
         return None
-    found = force.configs.get(p.key) or measured().get(p.key)
-    if found is not None and (
-        not whole or (power(p.H, 16), power(p.P, 16)) == (found.BLOCK_H, found.BLOCK_K)
-    ):
-        return found
+    found = tuning_cache.preferred(p.key)
+    if found is not None:
+        config = Config(*found)
+        if not whole or (power(p.H, 16), power(p.P, 16)) == (config.BLOCK_H, config.BLOCK_K):
+            return config
     candidates = (sequence_candidates if whole else step_candidates)(arch, p)
     return candidates[0] if candidates else None
-
-
-def cache_file() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "seqkern" / "tuning.json"
-
-
-def driver_version() -> int:
-    """The CUDA version that the driver serves, as the driver writes it; 0 without a driver."""
-    try:
-        answer = ctypes.c_int()
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(answer))
-    except (OSError, AttributeError):
-        return 0
-    return answer.value
-
-
-def machine() -> dict[str, Any]:
-    """What a measurement holds for."""
-    try:
-        version = metadata.version("seqkern")
-    except metadata.PackageNotFoundError:
-        version = ""
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-        "driver": driver_version(),
-        "triton": triton.__version__,
-        "seqkern": version,
-    }
-
-
-def read(path: Path, here: dict[str, Any]) -> dict[str, Config]:
-    """The choices in a cache file that were measured here. A file that is not one warns and counts as empty."""
-    try:
-        entries = json.loads(path.read_text())["machines"]
-        found = {}
-        for entry in entries:
-            if entry["machine"] == here:
-                for key, values in entry["configs"].items():
-                    if not all(type(v) is int and v > 0 for v in values) or any(
-                        v & (v - 1) for v in values[:4]
-                    ):
-                        raise ValueError(f"{key} is {values}")
-                    found[key] = Config(*values)
-        return found
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        warnings.warn(
-            f"{path} is not a file of `seqkern tune` and is ignored ({type(e).__name__}: {e}); "
-            "delete it or run `seqkern tune` again",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return {}
-
-
-def write(path: Path, here: dict[str, Any], configs: dict[str, Config]) -> None:
-    """Puts choices in place of those kept for the same machine; other machines' stay."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a broken file is replaced
-        old = read(path, here)
-    try:
-        kept = [e for e in json.loads(path.read_text())["machines"] if e["machine"] != here]
-    except (OSError, ValueError, KeyError, TypeError):
-        kept = []
-    entry = {"machine": here, "configs": {k: list(c) for k, c in sorted({**old, **configs}.items())}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps({"machines": [*kept, entry]}, indent=1) + "\n")
-    os.replace(scratch, path)
-
-
-@cache
-def measured() -> dict[str, Config]:
-    """The choices measured on this machine, read once."""
-    path = cache_file()
-    return read(path, machine()) if path.is_file() else {}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import seqkern
-from seqkern.kernels import tuning
+from seqkern.kernels import tuning_cache
 from seqkern.testing import make_case, run_op
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +21,7 @@ def test_a_captured_graph_replays(kind, steps):
         output, _ = layer(x)
         return [output, *torch.autograd.grad(output.square().sum(), wanted)]
 
-    with seqkern.backend("triton"), tuning.forced({}, steps=steps):
+    with seqkern.backend("triton"), tuning_cache.forced({}, steps=steps):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -50,7 +50,7 @@ def test_many_sequences_give_the_same_bits_twice(cell, steps):
             for each in (case.tensors, case.grads)
         ),
     )
-    with seqkern.backend("triton"), tuning.forced({}, steps=steps):
+    with seqkern.backend("triton"), tuning_cache.forced({}, steps=steps):
         first = run_op(case)
         for _ in range(3):
             again = run_op(case)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import seqkern
-from seqkern.kernels import math, rnn, tuning
+from seqkern.kernels import math, rnn, tuning, tuning_cache
 from seqkern.kernels.layer import Layer
 from seqkern.ops import _backend
 from seqkern.testing import Case, check_op, make_case, oracle, relative_rms, run_op, run_torch, tolerance
@@ -62,7 +62,7 @@ def make(*args, **options):
 @pytest.fixture(autouse=True)
 def on_triton(monkeypatch):
     """Forces the kernels, by the rules of tuning alone."""
-    monkeypatch.setattr(tuning, "measured", dict)
+    monkeypatch.setattr(tuning_cache, "measured", dict)
     with seqkern.backend("triton"):
         yield
 
@@ -72,7 +72,7 @@ def on_triton(monkeypatch):
 )
 def form(request):
     """Each form, on each way that it can take."""
-    with tuning.forced({}, steps=request.param[1]):
+    with tuning_cache.forced({}, steps=request.param[1]):
         yield request.param[0]
 
 
@@ -80,7 +80,7 @@ def check(cell, form, bidirectional, steps, dtype, shape, bias=True, proj=0):
     T, B, I, H = shape
     options = {"T": T, "B": B, "I": I, "H": H, "bias": bias, "proj": proj, "bidirectional": bidirectional}
     seeds = range(16) if H == 1 else [T + H]  # the rounding of one element says little
-    with tuning.forced({}, steps=steps):
+    with tuning_cache.forced({}, steps=steps):
         cases = [make(cell, form, dtype, **options, seed=seed) for seed in seeds]
         check_op(*cases, what=f"{cell} {form} {options} steps={steps}")
 
@@ -157,7 +157,7 @@ def test_any_width_of_tile(cell, width):
         units = 32 if kernel == "sequence_" else 16
         config = tuning.Config(width, units, depth, 4, 2)
         keys = [layer.problem(kernel + way).key for way in ("forward", "backward")]
-        with tuning.forced(dict.fromkeys(keys, config), steps=kernel == "step_"):
+        with tuning_cache.forced(dict.fromkeys(keys, config), steps=kernel == "step_"):
             check_op(case, what=f"{config}")
 
 
@@ -373,7 +373,7 @@ def test_step_launches_once_and_sequence_once(steps, monkeypatch):
         rnn, "launch", lambda kernel, *rest: (counted.append(kernel.__name__), real(kernel, *rest))
     )
     T = 3
-    with torch.no_grad(), tuning.forced({}, steps=steps):
+    with torch.no_grad(), tuning_cache.forced({}, steps=steps):
         seqkern.nn.LSTM(3, 4, bidirectional=True).to(DEVICE)(torch.zeros(T, 1, 3, device=DEVICE))
         seqkern.nn.LSTMCell(3, 4).to(DEVICE)(torch.zeros(1, 3, device=DEVICE))
     assert counted == (["step_forward"] * T if steps else ["sequence_forward"]) + ["step_forward"]

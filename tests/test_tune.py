@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from seqkern import tune
 from seqkern.cli import app
-from seqkern.kernels import rnn, tuning
+from seqkern.kernels import rnn, tuning, tuning_cache
 from seqkern.kernels.tuning import Config, Problem
 
 HERE = {"gpu": "a GPU", "driver": 13000, "triton": "3.6.0", "seqkern": "0.1.0"}
@@ -25,18 +25,18 @@ def problem(
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tuning, "machine", lambda: HERE)
+    monkeypatch.setattr(tuning_cache, "machine", lambda: HERE)
     monkeypatch.setattr(rnn, "launch", lambda *launch: None)
-    tuning.measured.cache_clear()
+    tuning_cache.measured.cache_clear()
     yield tmp_path / "seqkern" / "tuning.json"
-    tuning.measured.cache_clear()
+    tuning_cache.measured.cache_clear()
 
 
 def made_up(good):
     """A timer that finds one configuration twice as fast as all others."""
 
     def timer(run):
-        return 1.0 if good in tuning._force.get().configs.values() else 2.0
+        return 1.0 if good in tuning_cache.force.get().configs.values() else 2.0
 
     return timer
 
@@ -88,16 +88,15 @@ def test_the_best_is_kept_and_found_again(cache):
     assert rows[0].config == best and rows[0].seconds == 1.0 and rows[0].by_rule == 2.0 and rows[0].tried > 4
     assert tuning.choose(90, problem(H=64)) == best
     assert tuning.choose(90, problem(H=128)) == tuning.sequence_candidates(90, problem(H=128))[0]
-    kept = json.loads(cache.read_text())["machines"]
-    assert [entry["machine"] for entry in kept] == [HERE]
+    assert [entry["machine"] for entry in json.loads(cache.read_text())["machines"]] == [HERE]
 
 
 def test_another_machine_has_its_own(cache, monkeypatch):
     best = Config(16, 64, 64, 8, 2)
     tune.tune([WORK], device="cpu", timer=made_up(best))
     for what in HERE:
-        monkeypatch.setattr(tuning, "machine", lambda what=what: {**HERE, what: "other"})
-        tuning.measured.cache_clear()
+        monkeypatch.setattr(tuning_cache, "machine", lambda what=what: {**HERE, what: "other"})
+        tuning_cache.measured.cache_clear()
         assert tuning.choose(90, problem(H=64)) == tuning.sequence_candidates(90, problem(H=64))[0]
     tune.tune([WORK], device="cpu", timer=made_up(Config(16, 64, 64, 8, 3)))
     assert len(json.loads(cache.read_text())["machines"]) == 2
@@ -105,9 +104,13 @@ def test_another_machine_has_its_own(cache, monkeypatch):
 
 def test_a_second_run_keeps_what_it_did_not_measure(cache):
     tune.tune([WORK], device="cpu", timer=made_up(None))
-    before = tuning.read(cache, HERE)
+    before = tuning_cache.read(cache, HERE)
     tune.tune([WORK._replace(H=32)], device="cpu", timer=made_up(None))
-    assert before.items() < tuning.read(cache, HERE).items()
+    assert before.items() < tuning_cache.read(cache, HERE).items()
+
+
+def kept(configs):
+    return json.dumps({"machines": [{"machine": HERE, "configs": configs}]})
 
 
 @pytest.mark.parametrize(
@@ -120,10 +123,17 @@ def test_a_second_run_keeps_what_it_did_not_measure(cache):
         '{"machines": 3}',
         '{"machines": [{}]}',
         '{"other": "program"}',
-        json.dumps({"machines": [{"machine": HERE, "configs": {"x": [1, 2]}}]}),
-        json.dumps({"machines": [{"machine": HERE, "configs": {"x": [1, 2, 3, 4, -5]}}]}),
-        json.dumps({"machines": [{"machine": HERE, "configs": {"x": [16, 48, 64, 8, 2]}}]}),
-        json.dumps({"machines": [{"machine": HERE, "configs": {"x": "16"}}]}),
+        kept({"step_forward|x": [1, 2]}),
+        kept({"step_forward|x": [1, 2, 4, 4, -5]}),
+        kept({"step_forward|x": [16, 48, 64, 8, 2]}),
+        kept({"step_forward|x": [16, 64, 64, 8, True]}),
+        kept({"step_forward|x": "16888"}),
+        kept({"step_forward|x": 16}),
+        kept({"attention_forward|x": [64, 64, 64, 8, 2]}),
+        kept({"attention_forward|x": [64, 48, 8, 2]}),
+        kept({"attention_forward|x": [64, 64, 8, 2.0]}),
+        kept({"sequence_forward|x": [16, 64, 64, 8, 2], "attention_keys|x": [64, 64, 8, 0]}),
+        kept({"x": [16, 64, 64, 8, 2]}),
     ],
 )
 def test_a_file_that_is_not_ours_is_ignored_with_one_warning(cache, text):
@@ -142,13 +152,13 @@ def test_a_file_that_is_not_ours_is_ignored_with_one_warning(cache, text):
 
 def test_a_sequence_takes_no_tile_that_would_not_hold_it(cache):
     p = problem(H=128)
-    tuning.write(cache, HERE, {p.key: Config(16, 64, 64, 4, 1)})
+    tuning_cache.write(cache, HERE, {p.key: Config(16, 64, 64, 4, 1)})
     assert tuning.choose(90, p) == tuning.sequence_candidates(90, p)[0]
 
 
 def test_a_candidate_that_fails_is_passed_over(cache):
     def timer(run):
-        (config,) = tuning._force.get().configs.values()
+        (config,) = tuning_cache.force.get().configs.values()
         if config.warps == 8:
             raise RuntimeError("out of resources")
         return 1.0
@@ -163,8 +173,8 @@ def test_a_candidate_that_fails_is_passed_over(cache):
 
 
 def test_driver_and_machine_are_told_without_a_gpu():
-    assert tuning.driver_version() >= 0
-    assert set(tuning.machine()) == set(HERE)
+    assert tuning_cache.driver_version() >= 0
+    assert set(tuning_cache.machine()) == set(HERE)
 
 
 def test_command_refuses_before_it_does_anything(tmp_path, monkeypatch):

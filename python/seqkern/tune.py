@@ -85,7 +85,7 @@ def tune(
         works: what to tune for.
         device: where.
         timer: the seconds that a call takes.
-        path: the cache file; by default that of `seqkern.kernels.tuning`.
+        path: the cache file; by default that of `seqkern.kernels.tuning_cache`.
         say: is told of each row as it is found.
 
     Returns:
@@ -94,9 +94,9 @@ def tune(
     Raises:
         RuntimeError: not one candidate of a kernel runs.
     """
-    tuning = _kernels("tuning")
-    path = path or tuning.cache_file()
-    here = tuning.machine()
+    cache = _kernels("tuning_cache")
+    path = path or cache.cache_file()
+    here = cache.machine()
     rows = []
     for work in works:
         for backward in (False, True):
@@ -107,13 +107,13 @@ def tune(
                     say(
                         f"{row.key}: {row.config}, {row.seconds * 1e6:.0f} us of {row.by_rule * 1e6:.0f} us by rule"
                     )
-    tuning.write(path, here, {row.key: tuning.Config(*row.config) for row in rows})
-    tuning.measured.cache_clear()
+    cache.write(path, here, {row.key: row.config for row in rows})
+    cache.measured.cache_clear()
     return rows
 
 
 def _tune_one(work: Work, backward: bool, whole: bool, device: torch.device, timer: Timer) -> Row | None:
-    tuning = _kernels("tuning")
+    tuning, cache = _kernels("tuning"), _kernels("tuning_cache")
     kernel = f"{'sequence' if whole else 'step'}_{'backward' if backward else 'forward'}"
     run, problem = _prepare(work, kernel, device)
     arch = tuning.arch_of(device)
@@ -123,7 +123,7 @@ def _tune_one(work: Work, backward: bool, whole: bool, device: torch.device, tim
     found: list[tuple[float, tuple[int, ...]]] = []
     failed: Exception | None = None
     for candidate in _around(arch, problem, candidates):
-        with tuning.forced({problem.key: candidate}, steps=not whole):
+        with cache.forced({problem.key: candidate}, steps=not whole):
             try:
                 found.append((timer(run), tuple(candidate)))
             except Exception as e:
