@@ -19,7 +19,7 @@ from seqkern.kernels.mods import (
     shown,
     store_rows,
 )
-from seqkern.kernels.tuning_attention import forward_config
+from seqkern.kernels.tuning_attention import choose
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def forward_kernel(
 def forward_launch(t, o, output, lse) -> Launch:
     """What `forward` launches: t and o are the op's arguments, output and lse the memory for its results."""
     call = prepare(t, o)
-    config = forward_config(call.shape)
+    config = choose("forward", call.shape)
     arguments = dict(
         q=operand(call.q),
         k=operand(call.k),

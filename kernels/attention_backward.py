@@ -24,7 +24,7 @@ from seqkern.kernels.mods import (
     shown,
     store_rows,
 )
-from seqkern.kernels.tuning_attention import BIAS_BLOCK, DELTA_ROWS, keys_config, queries_config
+from seqkern.kernels.tuning_attention import BIAS_BLOCK, DELTA_ROWS, choose
 
 
 @triton.jit
@@ -383,13 +383,13 @@ def backward_launches(
     )
     buffers: dict = {"delta": delta}
     if need_key_value:
-        config = keys_config(call.shape)
+        config = choose("keys", call.shape)
         programs = triton.cdiv(call.S, config.block_n) * (call.Hq // call.G) * call.B
         own = {"dk": operand(dk), "dv": operand(dv), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         launches.append(Launch(keys_kernel, programs, common | own, config.num_warps, config.num_stages))
     full = tuple(t.bias.shape) == (call.B, call.Hq, call.L, call.S) if need_bias else False
     if need_query or need_slopes or full:
-        config = queries_config(call.shape)
+        config = choose("queries", call.shape)
         programs = triton.cdiv(call.L, config.block_m) * call.Hq * call.B
         if need_slopes:
             buffers["slopes"] = torch.zeros((call.B, call.Hq, call.L), device=lse.device)

@@ -12,7 +12,7 @@ import triton.language as tl
 from seqkern.kernels.attention import attend_all, finish
 from seqkern.kernels.launch import Launch, operand, prepare, run
 from seqkern.kernels.mods import rows, sequence, store_rows
-from seqkern.kernels.tuning_attention import decode_config, split_size
+from seqkern.kernels.tuning_attention import choose, split_size
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def decode_launches(t, o, output, lse) -> list[Launch]:
     call = prepare(t, o)
     chunk = split_size(call.S)
     splits = triton.cdiv(call.S, chunk)
-    config = decode_config(call.shape, call.L * call.G)
+    config = choose("decode", call.shape)
     sizes = (call.L, call.S, call.Hq, call.G)
     DV = call.constants["DV"]
     rows_of = (call.B, call.Hq, call.L, splits)

@@ -113,7 +113,8 @@ def prepare(t, o) -> Call:
         "PRECISION": precision(q.dtype),
     }
     extras = sum(x is not None for x in (mods.mask, mods.bias, mods.seed))
-    shape = Shape(architecture(q), q.element_size(), max(BLOCK_D, BLOCK_DV), extras)
+    size, tf32 = max(BLOCK_D, BLOCK_DV), constants["PRECISION"] == "tf32"
+    shape = Shape(architecture(q), q.element_size(), size, extras, L * G, tf32)
     sinks = None if t.sinks is None else t.sinks.contiguous()
     return Call(q, k, v, B, Hq, G, L, S, mods, packed, sinks, shape, constants)
 

@@ -1,6 +1,14 @@
-"""Block sizes of the attention kernels: pure data and pure functions of the call's shape."""
+"""Block sizes of the attention kernels: pure data and pure functions of the call's shape.
 
+What was forced or measured (`tuning_cache`) comes before the rules where `choose` is asked.
+"""
+
+from collections.abc import Callable
+from itertools import product
 from typing import NamedTuple
+
+from seqkern.kernels.tuning import limits, power
+from seqkern.kernels.tuning_cache import preferred
 
 
 class Shape(NamedTuple):
@@ -10,6 +18,8 @@ class Shape(NamedTuple):
     bytes: int  #: of an element of query, key and value
     size: int  #: the larger head size, rounded up to a power of two
     extras: int  #: how many of mask, bias and dropout are there: each holds registers for a tile
+    rows: int = 1  #: queries of all heads of a group, which a program of decode holds
+    tf32: bool = False  #: whether float32 is multiplied on tensor cores
 
 
 class Config(NamedTuple):
@@ -102,11 +112,104 @@ def split_size(S: int) -> int:
     return size
 
 
-def decode_config(s: Shape, rows: int) -> Config:
+def decode_config(s: Shape) -> Config:
     """block_m holds the queries of all heads of a group: at least 16, the least of a tensor product."""
-    block_m = 16
-    while block_m < rows:
-        block_m *= 2
+    block_m = power(s.rows, 16)
     if s.bytes == 4:
         return Config(block_m, 16, 8, 1)
-    return Config(block_m, *DECODE[max(64, s.size)])
+    found = Config(block_m, *DECODE[max(64, s.size)])
+    # Fewer stages where keys and values of all would not fit beside a tile of weights, and of bias and mask in flight.
+    while found.num_stages > 1:
+        tile = s.bytes + 3 * (found.num_stages - 1) * (s.extras > 0)
+        if shared_bytes("decode", s, found) + tile * block_m * found.block_n + 2048 <= limits(s.arch).shared:
+            break
+        found = found._replace(num_stages=found.num_stages - 1)
+    return found
+
+
+class Kernel(NamedTuple):
+    """A kernel whose configuration is chosen."""
+
+    rule: Callable[[Shape], Config]
+    staying: int  #: operands of which a block stays in a program, and tiles of scores; of two, blocks pass
+    sums: int  #: that grow while they pass
+
+
+KERNELS = {
+    "forward": Kernel(forward_config, 1, 1),
+    "keys": Kernel(keys_config, 2, 2),
+    "queries": Kernel(queries_config, 2, 1),
+    "decode": Kernel(decode_config, 1, 1),
+}
+BLOCKS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)  # that are tried
+
+
+def sides(kernel: str, c: Config) -> tuple[int, int]:
+    """Rows of the blocks that stay, and of those that pass."""
+    return (c.block_n, c.block_m) if kernel == "keys" else (c.block_m, c.block_n)
+
+
+def shared_bytes(kernel: str, s: Shape, c: Config) -> int:
+    """A lower bound of the shared memory of a program, held to the compilers' figures by a test.
+
+    What stays, and a block of what passes for each stage but the one that is read; Hopper keeps one more.
+    """
+    staying, passing = sides(kernel, c)
+    rows = KERNELS[kernel].staying * staying + 2 * (c.num_stages - 1) * passing
+    return rows * max(64, s.size) * s.bytes
+
+
+def registers(kernel: str, s: Shape, c: Config) -> int:
+    """Of a thread, for the sums and the scores alone."""
+    staying, passing = sides(kernel, c)
+    columns = KERNELS[kernel].sums * max(64, s.size) + (KERNELS[kernel].staying + s.extras) * passing
+    return staying * columns // (32 * c.num_warps)
+
+
+def usable(kernel: str, s: Shape, c: Config) -> bool:
+    """Whether a configuration that is no rule's gives right results, and may fit."""
+    whole = kernel != "decode" or (c.block_m >= s.rows and SPLIT % c.block_n == 0)
+    return whole and min(c.block_m, c.block_n) >= 16 and shared_bytes(kernel, s, c) <= limits(s.arch).shared
+
+
+def key(kernel: str, s: Shape) -> str:
+    """The name under which a measured choice is kept: what the rules look at, and how float32 is multiplied.
+
+    Not batch, lengths or what is causal: a sequence gives the same bits in any batch and beside any padding, one
+    measurement serves every call, and a causal program runs the loops of one that sees everything.
+    """
+    kind = f"{8 * s.bytes}-bit" + "-tf32" * s.tf32
+    rows = f"|M{power(s.rows, 16)}" if kernel == "decode" else ""
+    return f"attention_{kernel}|{kind}|D{max(64, s.size)}|{'extras' if s.extras else 'plain'}{rows}"
+
+
+def near(n: int) -> list[int]:
+    return [b for b in BLOCKS if n <= 2 * b <= 4 * n]
+
+
+def fewer_stages(kernel: str, s: Shape, c: Config) -> Config | None:
+    """The configuration with as many of its stages as may fit."""
+    fewer = (c._replace(num_stages=n) for n in range(c.num_stages, 0, -1))
+    return next((each for each in fewer if usable(kernel, s, each)), None)
+
+
+def candidates(kernel: str, s: Shape) -> list[Config]:
+    """The rule's configuration, then its neighbours: other warps and stages, blocks of half and twice the size."""
+    rule = KERNELS[kernel].rule(s)
+    found = [rule._replace(num_warps=w, num_stages=n) for w, n in product(WARPS, STAGES)]
+    queries = (rule.block_m,) if kernel == "decode" else near(rule.block_m)
+    for m, n, w in product(queries, near(rule.block_n), WARPS):
+        found.append(rule._replace(block_m=m, block_n=n, num_warps=w))
+    # The rest of a thread's 255 registers are for operands, which without tensor cores take most of them. What spills
+    # is slow, and may take a minute to compile.
+    most = max(registers(kernel, s, rule), 32 if s.bytes == 4 and not s.tf32 else 128)
+    fitting = [fewer_stages(kernel, s, c) for c in found if registers(kernel, s, c) <= most]
+    return list(dict.fromkeys([rule, *filter(None, fitting)]))
+
+
+def choose(kernel: str, s: Shape) -> Config:
+    """The configuration of a call of one of `KERNELS`."""
+    found = preferred(key(kernel, s))
+    if found is not None and usable(kernel, s, Config(*found)):
+        return Config(*found)
+    return KERNELS[kernel].rule(s)

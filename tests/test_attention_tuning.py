@@ -1,12 +1,19 @@
-"""The choice of blocks is a pure function that has an answer for every call."""
+"""The choice of blocks: rules that have an answer for every call, and what was measured before them."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from seqkern.kernels import launch, tuning_cache
 from seqkern.kernels import tuning_attention as tuning
 from seqkern.kernels.launch import precision
+from seqkern.kernels.tuning_attention import Config, Shape
+from seqkern.testing_attention import make_case
+
+TABLE = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "attention_compiled.jsonl"
 
 ARCHS = (80, 86, 89, 90, 100, 103, 120)
 
@@ -14,7 +21,7 @@ ARCHS = (80, 86, 89, 90, 100, 103, 120)
 @pytest.mark.parametrize("config", [tuning.forward_config, tuning.keys_config, tuning.queries_config])
 def test_every_call_has_blocks(config):
     for arch, width, size, extras in itertools.product(ARCHS, (2, 4), (16, 32, 64, 128, 256), range(4)):
-        found = config(tuning.Shape(arch, width, size, extras))
+        found = config(Shape(arch, width, size, extras))
         for n in found[:3]:
             assert n >= 4 and n & (n - 1) == 0, (arch, width, size, extras)
         assert found.block_m >= 16 and found.block_n >= 16  # the least of a tensor product
@@ -23,7 +30,17 @@ def test_every_call_has_blocks(config):
 @pytest.mark.parametrize("rows", [1, 16, 17, 64])
 def test_decode_holds_all_rows(rows):
     for width, size in itertools.product((2, 4), (16, 64, 128, 256)):
-        assert tuning.decode_config(tuning.Shape(90, width, size, 0), rows).block_m >= rows
+        assert tuning.decode_config(Shape(90, width, size, 0, rows)).block_m >= rows
+
+
+# As compiled, each on the smallest architecture that it must fit: three stages took 138, 168 and 112 KiB.
+@pytest.mark.parametrize(
+    ("shape", "stages"),
+    [(Shape(89, 2, 256, 0), 2), (Shape(80, 2, 256, 0, rows=64), 2), (Shape(89, 2, 128, 3, rows=64), 2)],
+)
+def test_decode_has_fewer_stages_where_three_do_not_fit(shape, stages):
+    assert tuning.decode_config(shape).num_stages == stages
+    assert tuning.decode_config(shape._replace(arch=90)).num_stages == 3
 
 
 @pytest.mark.parametrize("S", [513, 4096, 16384, 16385, 10**6])
@@ -40,3 +57,107 @@ def test_float32_is_exact_unless_torch_was_told_otherwise():
             assert precision(torch.float32) == want and precision(torch.float16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+EVERY = [
+    Shape(*each)
+    for each in itertools.product(ARCHS, (2, 4), (16, 64, 128, 256), (0, 3), (1, 64), (False, True))
+]
+
+
+@pytest.mark.parametrize("kernel", tuning.KERNELS)
+def test_the_key_is_what_the_rule_looks_at(kernel):
+    rules = {}
+    for shape in EVERY:
+        found = rules.setdefault((shape.arch, tuning.key(kernel, shape)), tuning.KERNELS[kernel].rule(shape))
+        assert found == tuning.KERNELS[kernel].rule(shape)
+
+
+def test_keys_by_name():
+    assert tuning.key("forward", Shape(90, 2, 16, 0, 5)) == "attention_forward|16-bit|D64|plain"
+    assert tuning.key("keys", Shape(90, 4, 128, 2, tf32=True)) == "attention_keys|32-bit-tf32|D128|extras"
+    assert tuning.key("decode", Shape(80, 4, 256, 0, 17)) == "attention_decode|32-bit|D256|plain|M32"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "key"),
+    [
+        ({"L": 70, "S": 90, "D": 20, "Dv": 100}, "attention_forward|16-bit|D128|plain"),
+        ({"B": 5, "L": 9, "S": 2000, "D": 128, "causal": "top-left"}, "attention_forward|16-bit|D128|plain"),
+        ({"lengths": ((3, 7), (50, 60)), "D": 128, "softcap": 1.0, "alibi": 1}, "attention_forward|16-bit|D128|plain"),
+        ({"D": 64, "mask": "keys"}, "attention_forward|16-bit|D64|extras"),
+        ({"D": 64, "dropout_p": 0.5}, "attention_forward|16-bit|D64|extras"),
+    ],
+)  # fmt: skip
+def test_a_call_has_the_key_of_its_kind(sizes, key):
+    case = make_case(torch.float16, **sizes)
+    assert tuning.key("forward", launch.prepare(case.tensors, case.options).shape) == key
+
+
+def test_decode_counts_the_queries_of_a_group():
+    case = make_case(torch.float16, Hq=8, Hkv=1, L=3, S=600, D=64)
+    shape = launch.prepare(case.tensors, case.options).shape
+    assert tuning.key("decode", shape) == "attention_decode|16-bit|D64|plain|M32"
+
+
+@pytest.mark.parametrize("kernel", tuning.KERNELS)
+def test_candidates_are_few_and_begin_with_the_rule(kernel):
+    for shape in EVERY:
+        rule, *others = found = tuning.candidates(kernel, shape)
+        assert rule == tuning.KERNELS[kernel].rule(shape)
+        assert len(set(found)) == len(found) and 2 <= len(found) <= 25, shape
+        for c in found:
+            assert tuning.usable(kernel, shape, c), (shape, c)
+        for c in others:
+            assert (
+                c.block_n in tuning.BLOCKS and c.num_warps in tuning.WARPS and c.num_stages in tuning.STAGES
+            )
+            assert c.block_m == rule.block_m or (kernel != "decode" and c.block_m in tuning.BLOCKS)
+
+
+@pytest.mark.parametrize("kernel", tuning.KERNELS)
+def test_shared_memory_is_a_lower_bound(kernel):
+    """Nothing that runs is taken for what does not fit."""
+    rows = [row for line in TABLE.read_text().splitlines() if (row := json.loads(line))["kernel"] == kernel]
+    assert rows
+    for row in rows:
+        shape = Shape(row["arch"], 4 if row["dtype"] == "float32" else 2, row["size"], 0)
+        config = Config(*(row[name] for name in Config._fields))
+        assert row["shared"] / 2 <= tuning.shared_bytes(kernel, shape, config) <= row["shared"], row
+
+
+@pytest.fixture
+def nothing_measured(monkeypatch):
+    kept = {}
+    monkeypatch.setattr(tuning_cache, "measured", lambda: kept)
+    return kept
+
+
+def test_forced_comes_before_measured_before_the_rule(nothing_measured):
+    shape = Shape(90, 2, 128, 0)
+    key = tuning.key("queries", shape)
+    assert tuning.choose("queries", shape) == tuning.queries_config(shape)
+    nothing_measured[key] = (32, 32, 4, 2)
+    assert tuning.choose("queries", shape) == Config(32, 32, 4, 2)
+    assert tuning.choose("queries", shape._replace(rows=7)) == Config(32, 32, 4, 2)
+    for other in (shape._replace(size=64), shape._replace(bytes=4), shape._replace(extras=1)):
+        assert tuning.choose("queries", other) == tuning.queries_config(other)
+    assert tuning.choose("keys", shape) == tuning.keys_config(shape)
+    with tuning_cache.forced({key: Config(64, 16, 4, 1)}):
+        assert tuning.choose("queries", shape) == Config(64, 16, 4, 1)
+    assert tuning.choose("queries", shape) == Config(32, 32, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape", "wrong"),
+    [
+        ("forward", Shape(90, 2, 128, 0), (128, 128, 8, 8)),  # 480 KiB of shared memory
+        ("forward", Shape(86, 2, 256, 0), (128, 128, 8, 2)),  # 192 KiB of 99
+        ("keys", Shape(90, 2, 128, 0), (8, 64, 4, 1)),  # less than a tensor product takes
+        ("decode", Shape(90, 2, 64, 0, rows=17), (16, 64, 4, 1)),  # would drop a row
+        ("decode", Shape(90, 2, 64, 0), (16, 512, 4, 1)),  # would read into the next split
+    ],
+)
+def test_what_cannot_serve_is_not_used(nothing_measured, kernel, shape, wrong):
+    nothing_measured[tuning.key(kernel, shape)] = wrong
+    assert tuning.choose(kernel, shape) == tuning.KERNELS[kernel].rule(shape)
