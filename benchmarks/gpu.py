@@ -18,7 +18,12 @@ from seqkern.bench import record, run, tables
 from seqkern.bench.targets import best_ratio
 
 WIDTH = 120
-TUNED = (tune.Work("lstm", "bfloat16", 128, 16), tune.Work("lstm", "bfloat16", 768, 16))
+# What the suites' first rows run on: plain attention, decoding for eight query heads to a key head, two layers.
+TUNED = (
+    *(tune.Attention("bfloat16", D) for D in (128, 64)),
+    *(tune.Decode("bfloat16", D) for D in (128, 64)),
+    *(tune.Recurrent("lstm", "bfloat16", H, 16) for H in (128, 768)),
+)
 
 
 def check() -> int:
@@ -35,9 +40,8 @@ def bench(suite: str, folder: str, only: str = "") -> int:
 
 
 def tuned(folder: str) -> int:
-    """The choices for a few layers, one by one so that a stop loses but the last, with a copy in the folder."""
-    for work in TUNED:
-        tune.tune([work], path=Path(folder) / "tuning.json", say=lambda line: print(line, flush=True))
+    """The choices for a few calls, kept in the folder; a stop loses but the kernel that is being timed."""
+    tune.tune(TUNED, path=Path(folder) / "tuning.json", say=lambda line: print(line, flush=True))
     return 0
 
 

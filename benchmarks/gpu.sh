@@ -15,7 +15,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-declare -A LIMIT=([tests]=230 [rnn]=150 [attention]=200 [tune]=150 [sanitize]=150) # seconds
+declare -A LIMIT=([tests]=230 [rnn]=150 [attention]=200 [tune]=400 [sanitize]=150) # seconds
 ATTEMPTS=4                                                                        # of a suite whose device was lost
 LOST=3                                                                            # the exit code that says so
 PYTHON=${PYTHON:-python3}

@@ -5,17 +5,19 @@ TRITON_INTERPRET=1 python -m pytest -m interpreter tests      python -m pytest -
 bfloat16 is left to the GPU: the interpreter's tl.dot is wrong on it.
 """
 
-from functools import partial
+from functools import cache, partial
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqkern.kernels import decode
-from seqkern.kernels.tuning_attention import is_decode
+from seqkern import tune
+from seqkern.kernels import attention, attention_backward, decode, launch, tuning_cache
+from seqkern.kernels.tuning_attention import is_decode, key
 from seqkern.ops import _backend
-from seqkern.ops.attention import NEEDS, empty_outputs, run_triton, run_triton_backward
+from seqkern.ops.attention import NEEDS, empty_gradients, empty_outputs, run_triton, run_triton_backward
 from seqkern.spec import attention as spec
 from seqkern.spec.attention import Tensors
 from seqkern.testing import assert_close, relative_rms
@@ -36,6 +38,13 @@ DTYPES = (torch.float32, *HALVES)
 PACKED = ((2, 3), (0, 2), (3, 0), (36, 33))
 SMALL = {"Hq": 2, "Hkv": 1, "L": 36, "S": 33, "D": 20, "Dv": 17}
 kernels = (run_triton, run_triton_backward)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def by_the_rules():
+    """Whatever was measured on this machine."""
+    with mock.patch.object(tuning_cache, "measured", cache(dict)):
+        yield
 
 
 def named(dtype):
@@ -112,6 +121,60 @@ def test_any_shape_and_options(data, dtype, groups, L, S, D, Dv):
     check([draw(seed=seed) for seed in range(4)], *kernels)
 
 
+def forced(case, config, *names):
+    shape = launch.prepare(case.tensors, case.options).shape
+    return tuning_cache.forced({key(name, shape): config for name in names})
+
+
+def blocks(each):
+    return each.arguments["BLOCK_M"], each.arguments["BLOCK_N"], each.num_warps, each.num_stages
+
+
+@pytest.mark.parametrize("config", [(16, 64, 4, 1), (64, 16, 4, 2), (128, 32, 8, 2)], ids=str)
+@pytest.mark.parametrize("options", ["causal", "everything"])
+def test_any_blocks(options, config):
+    """What a measurement may choose: no result hangs on the blocks, nor does the mask of dropout."""
+    case = make_case(torch.float16, B=1, Hq=2, Hkv=1, L=70, S=75, D=16, **OPTIONS[options])
+    t, o, needs = case.tensors, case.options, (True, True, False, False, False)
+    output, lse, _ = empty_outputs(t, o)
+    with forced(case, config, "forward", "keys", "queries"):
+        made = [attention.forward_launch(t, o, output, lse)]
+        arguments = (t, o, case.grads[0], None, output, lse, empty_gradients(t, needs), needs)
+        made += attention_backward.backward_launches(*arguments)[0][1:]
+        assert [blocks(each) for each in made] == [config] * 3
+        check(case, *kernels)
+
+
+@pytest.mark.parametrize("config", [(16, 16, 8, 1), (64, 128, 4, 2)], ids=str)
+def test_any_blocks_of_decode(config):
+    case = make_case(torch.float16, B=2, Hq=4, Hkv=2, L=3, S=700, D=20, Dv=17, **OPTIONS["everything"])
+    with forced(case, config, "decode"):
+        made = decode.decode_launches(
+            case.tensors, case.options, *empty_outputs(case.tensors, case.options)[:2]
+        )
+        assert blocks(made[0]) == config
+        check_decode(case)
+
+
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "extras"])
+def test_what_is_tuned_runs(extras, tmp_path):
+    ran = set()
+
+    def timer(call):
+        keys = tuning_cache.force.get().configs.keys()
+        if not keys <= ran:  # the rule's own: others may not fit, and take a while to compile
+            call()
+            ran.update(keys)
+        return 1.0
+
+    works = [
+        tune.Attention("float16", 16, extras, L=20, B=1, H=2),
+        tune.Decode("float16", 16, extras, S=600, B=1),
+    ]
+    rows = tune.tune(works, DEVICE, timer, tmp_path / "tuning.json")
+    assert {row.key for row in rows} == ran and len(rows) == 4
+
+
 def outputs_of(case, function):
     t, o = case.tensors, case.options
     output, lse, _ = empty_outputs(t, o)
@@ -124,7 +187,10 @@ def outputs_of(case, function):
 @pytest.mark.parametrize("lengths", [(), ((2, 300), (0, 2), (3, 0), (1, 700))], ids=["dense", "packed"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_decode(options, lengths):
-    case = make_case(B=2, Hq=4, Hkv=2, L=3, S=700, D=20, Dv=17, lengths=lengths, **OPTIONS[options])
+    check_decode(make_case(B=2, Hq=4, Hkv=2, L=3, S=700, D=20, Dv=17, lengths=lengths, **OPTIONS[options]))
+
+
+def check_decode(case):
     arguments = (*case.tensors, *case.options)
     want = spec.attention(*case.to(torch.float64).tensors, *case.options)
     rounded = spec.attention(*arguments)

@@ -1,11 +1,15 @@
 """benchmarks/gpu.sh with a Python that only notes what it is asked, and the parts of it that are Python."""
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from seqkern import tune
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT, PARTS = ROOT / "benchmarks" / "gpu.sh", ROOT / "benchmarks" / "gpu.py"
@@ -67,6 +71,24 @@ def test_stages_and_rows_by_name(gpu, tmp_path):
     assert code == 0 and "tests" not in output
     assert asked[2] == f"benchmarks/gpu.py tune {tmp_path / 'out'}"
     assert asked[3] == f"benchmarks/gpu.py bench rnn-cuda {tmp_path / 'out'} bf16 LSTM"
+
+
+def test_what_runs_unless_told_takes_ten_minutes_at_most():
+    limits = dict(re.findall(r"\[(\w+)\]=(\d+)", SCRIPT.read_text()))
+    assert sum(int(limits[stage]) for stage in ("tests", "rnn", "attention")) <= 600
+    assert all(int(limit) <= 600 for limit in limits.values())
+
+
+def test_what_is_tuned(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(PARTS.parent))
+    asked = []
+    monkeypatch.setattr(tune, "tune", lambda works, path, say: asked.extend([path, *works]))
+    assert importlib.import_module("gpu").tuned(str(tmp_path)) == 0
+    path, *works = asked
+    assert path == tmp_path / "tuning.json"
+    for D in (64, 128):
+        assert {tune.Attention("bfloat16", D), tune.Decode("bfloat16", D, G=8)} <= set(works)
+    assert {work.cell for work in works if isinstance(work, tune.Recurrent)} == {"lstm"}
 
 
 def test_a_stage_that_fails_stops_no_other(gpu):

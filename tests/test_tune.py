@@ -9,11 +9,15 @@ from typer.testing import CliRunner
 
 from seqkern import tune
 from seqkern.cli import app
-from seqkern.kernels import rnn, tuning, tuning_cache
+from seqkern.kernels import launch, rnn, tuning, tuning_attention, tuning_cache
 from seqkern.kernels.tuning import Config, Problem
+from seqkern.kernels.tuning_attention import Shape
 
 HERE = {"gpu": "a GPU", "driver": 13000, "triton": "3.6.0", "seqkern": "0.1.0"}
-WORK = tune.Work("lstm", "bfloat16", 64, 16, T=2)
+WORK = tune.Recurrent("lstm", "bfloat16", 64, 16, T=2)
+ATTENTION = tune.Attention("bfloat16", 128, L=20, B=1, H=2)
+DECODE = tune.Decode("bfloat16", 128, S=600, B=1, H=1)
+SHAPE = Shape(80, 2, 128, 0, rows=8)  # of both, on what is not a GPU
 
 
 def problem(
@@ -27,6 +31,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning_cache, "machine", lambda: HERE)
     monkeypatch.setattr(rnn, "launch", lambda *launch: None)
+    monkeypatch.setattr(launch, "run", lambda each: None)
     tuning_cache.measured.cache_clear()
     yield tmp_path / "seqkern" / "tuning.json"
     tuning_cache.measured.cache_clear()
@@ -91,6 +96,81 @@ def test_the_best_is_kept_and_found_again(cache):
     assert [entry["machine"] for entry in json.loads(cache.read_text())["machines"]] == [HERE]
 
 
+def test_attention_is_tuned_kernel_by_kernel(cache):
+    best = tuning_attention.Config(64, 64, 8, 2)
+    rows = tune.tune([ATTENTION, DECODE], device="cpu", timer=made_up(best))
+    assert [row.key for row in rows] == [
+        "attention_forward|16-bit|D128|plain",
+        "attention_keys|16-bit|D128|plain",
+        "attention_queries|16-bit|D128|plain",
+        "attention_decode|16-bit|D128|plain|M16",
+    ]
+    forward, keys, queries, decode = rows
+    assert forward.config == queries.config == best and (forward.seconds, forward.by_rule) == (1.0, 2.0)
+    assert forward.tried == len(tuning_attention.candidates("forward", SHAPE))
+    assert tuning_attention.choose("forward", SHAPE) == best
+    assert keys.seconds == keys.by_rule == 2.0  # no candidate of theirs, so all took as long
+    assert decode.config[0] == 16 and tuning_attention.choose("decode", SHAPE) == decode.config
+    other = SHAPE._replace(size=64)
+    assert tuning_attention.choose("forward", other) == tuning_attention.forward_config(other)
+
+
+def test_extras_are_another_kind(cache):
+    works = [each._replace(extras=True) for each in (ATTENTION, DECODE)]
+    rows = tune.tune(works, device="cpu", timer=made_up(None))
+    assert len(rows) == 4 and all("|extras" in row.key for row in rows)
+
+
+def test_what_is_timed_is_launched_with_the_candidate(cache, monkeypatch):
+    seen = []
+
+    def timer(run):
+        run()
+        return float(len(seen))
+
+    monkeypatch.setattr(launch, "run", lambda each: seen.append(each))
+    rows = tune.tune([ATTENTION, DECODE], device="cpu", timer=timer)
+    made = {}
+    for each in seen:
+        config = (
+            each.arguments.get("BLOCK_M"),
+            each.arguments.get("BLOCK_N"),
+            each.num_warps,
+            each.num_stages,
+        )
+        made.setdefault(each.kernel.fn.__name__, []).append(config)
+    rule = tuning_attention.KERNELS["keys"].rule(SHAPE)
+    assert (
+        made["keys_kernel"] == tuning_attention.candidates("keys", SHAPE) and made["keys_kernel"][0] == rule
+    )
+    assert len(made["delta_kernel"]) == len(made["keys_kernel"]) + len(made["queries_kernel"])
+    assert made["decode_kernel"] == tuning_attention.candidates("decode", SHAPE)
+    assert [row.config for row in rows] == [made[f"{name}_kernel"][0] for name in tuning_attention.KERNELS]
+
+
+def test_one_file_holds_both_kinds(cache):
+    layers = tune.tune([WORK], device="cpu", timer=made_up(None))
+    before = tuning_cache.read(cache, HERE)
+    others = tune.tune([ATTENTION, DECODE], device="cpu", timer=made_up(None))
+    found = tuning_cache.read(cache, HERE)
+    assert before.items() < found.items()
+    assert found == {row.key: row.config for row in [*layers, *others]}
+    assert {len(config) for config in found.values()} == {4, 5}
+
+
+def test_a_stop_keeps_what_was_found(cache):
+    def timer(run):
+        if any(key.startswith("attention_queries") for key in tuning_cache.force.get().configs):
+            raise KeyboardInterrupt
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune([ATTENTION], device="cpu", timer=timer)
+    assert list(tuning_cache.read(cache, HERE)) == [
+        f"attention_{kernel}|16-bit|D128|plain" for kernel in ("forward", "keys")
+    ]
+
+
 def test_another_machine_has_its_own(cache, monkeypatch):
     best = Config(16, 64, 64, 8, 2)
     tune.tune([WORK], device="cpu", timer=made_up(best))
@@ -143,6 +223,7 @@ def test_a_file_that_is_not_ours_is_ignored_with_one_warning(cache, text):
         warnings.simplefilter("always")
         for _ in range(2):
             assert tuning.choose(90, problem()) == tuning.sequence_candidates(90, problem())[0]
+            assert tuning_attention.choose("keys", SHAPE) == tuning_attention.keys_config(SHAPE)
     assert len(seen) == 1 and "is not a file of `seqkern tune` and is ignored" in str(seen[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -159,17 +240,19 @@ def test_a_sequence_takes_no_tile_that_would_not_hold_it(cache):
 def test_a_candidate_that_fails_is_passed_over(cache):
     def timer(run):
         (config,) = tuning_cache.force.get().configs.values()
-        if config.warps == 8:
+        if config[-2] == 8:  # warps
             raise RuntimeError("out of resources")
         return 1.0
 
-    assert all(row.config[3] != 8 for row in tune.tune([WORK], device="cpu", timer=timer))
+    rows = tune.tune([WORK, DECODE], device="cpu", timer=timer)
+    assert len(rows) == 5 and all(row.config[-2] == 4 for row in rows)
 
     def fails(run):
         raise RuntimeError("out of resources")
 
-    with pytest.raises(RuntimeError, match="not one configuration of sequence_forward"):
-        tune.tune([WORK], device="cpu", timer=fails)
+    for work, kernel in ((WORK, "sequence_forward"), (ATTENTION, "attention_forward")):
+        with pytest.raises(RuntimeError, match=f"not one configuration of {kernel}"):
+            tune.tune([work], device="cpu", timer=fails)
 
 
 def test_driver_and_machine_are_told_without_a_gpu():
@@ -186,3 +269,42 @@ def test_command_refuses_before_it_does_anything(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, ["tune", "--cell", "elman"])
     assert done.exit_code == 2 and "'elman' is not one of lstm" in done.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the command has tuned, on a GPU that is made up."""
+    works = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    row = tune.Row("attention_forward|16-bit|D64|plain", (128, 64, 8, 3), 1e-3, 2e-3, 17)
+    monkeypatch.setattr(tune, "tune", lambda given, say: works.extend(given) or [row])
+    return works
+
+
+def test_command_tunes_layers_and_attention(asked):
+    done = CliRunner().invoke(app, ["tune"])
+    assert done.exit_code == 0 and "128, 64, 8, 3" in done.output and "2000" in done.output
+    kinds = {
+        kind: [w for w in asked if isinstance(w, kind)]
+        for kind in (tune.Recurrent, tune.Attention, tune.Decode)
+    }
+    assert len(kinds[tune.Recurrent]) == len(tune.CELLS) * len(tune.HIDDEN) * len(tune.BATCH)
+    assert kinds[tune.Attention] == [tune.Attention("bfloat16", D) for D in tune.HEAD]
+    assert kinds[tune.Decode] == [tune.Decode("bfloat16", D) for D in tune.HEAD]
+
+
+def test_command_tunes_what_it_is_asked_for(asked):
+    words = "--no-recurrent --dtype float16 --head-size 80 --group 1 --group 32 --length 512 --extras"
+    assert CliRunner().invoke(app, f"tune {words}").exit_code == 0
+    assert asked == [
+        each
+        for extras in (False, True)
+        for each in (
+            tune.Attention("float16", 80, extras, 512),
+            tune.Decode("float16", 80, extras, 1),
+            tune.Decode("float16", 80, extras, 32),
+        )
+    ]
+    asked.clear()
+    assert CliRunner().invoke(app, "tune --no-attention --cell gru --hidden 64 --batch 4").exit_code == 0
+    assert asked == [tune.Recurrent("gru", "bfloat16", 64, 4)]

@@ -2,6 +2,7 @@
 
 import platform
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -99,6 +100,22 @@ def tune(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32 or all")] = "bfloat16",
     hidden: Annotated[list[int] | None, typer.Option(min=1, help="hidden size; may be repeated")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="batch size; may be repeated")] = None,
+    head_size: Annotated[
+        list[int] | None, typer.Option(min=1, max=256, help="of attention; may be repeated")
+    ] = None,
+    group: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=64, help="query heads to a key head when decoding; may be repeated"),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(min=1, help="queries and keys of the attention that is timed, but for decoding"),
+    ] = None,
+    extras: Annotated[
+        bool, typer.Option("--extras", help="attention with mask, bias and dropout too; slow to compile")
+    ] = False,
+    recurrent: Annotated[bool, typer.Option(help="tune the recurrent layers")] = True,
+    attention: Annotated[bool, typer.Option(help="tune attention and decoding")] = True,
 ) -> None:
     """Times the Triton kernels' configurations on this GPU and keeps the best; exit code 2 without a GPU."""
     from seqkern import tune as tuner
@@ -112,10 +129,17 @@ def tune(
         if unknown := set(given) - set(known):
             typer.echo(f"seqkern tune: {unknown.pop()!r} is not one of {', '.join(known)} or all", err=True)
             raise typer.Exit(2)
-    sizes = [(h, b) for h in hidden or tuner.HIDDEN for b in batch or tuner.BATCH]
-    works = [tuner.Work(c, d, h, b) for c in cells for d in dtypes for h, b in sizes]
+    works: list[tuner.Work] = []
+    if recurrent:
+        sizes = [(h, b) for h in hidden or tuner.HIDDEN for b in batch or tuner.BATCH]
+        works += [tuner.Recurrent(c, d, h, b) for c in cells for d in dtypes for h, b in sizes]
+    if attention:
+        kinds = (False, True) if extras else (False,)
+        for d, size, more in product(dtypes, head_size or tuner.HEAD, kinds):
+            works.append(tuner.Attention(d, size, more, length or tuner.LENGTH))
+            works += [tuner.Decode(d, size, more, g) for g in group or tuner.GROUP]
     rows = tuner.tune(works, say=typer.echo)
-    columns = ["kernel", "B, H, K, warps, stages", "us", "us by rule", "tried"]
+    columns = ["kernel", "B, H, K or M, N; warps, stages", "us", "us by rule", "tried"]
     found = [
         (r.key, ", ".join(map(str, r.config)), f"{r.seconds * 1e6:.0f}", f"{r.by_rule * 1e6:.0f}", r.tried)
         for r in rows
