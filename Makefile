@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest
+# Two processes: most of a test is Python, which uses one core. Threads that wait leave theirs to the other process.
+WORKERS ?= 2
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS)
 NOT_HERE := not slow and not gpu and not interpreter
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) -q tests
 SANITIZED := build/sanitize/lib
@@ -31,7 +33,7 @@ check: native $(VENV)/dev.stamp  ## format, lint, types, structure, and the comp
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(BIN)/clang-format --dry-run -Werror
-	$(PYTEST) -q tests/test_structure.py
+	$(BIN)/python -m pytest -q tests/test_structure.py
 	$(MAKE) sanitize
 
 bench: native $(VENV)/dev.stamp  ## time every row against its peers; renew the README's tables and pictures
