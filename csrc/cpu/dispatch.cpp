@@ -2,6 +2,7 @@
 
 #include <omp.h>
 #include <pthread.h>
+#include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -124,8 +125,13 @@ class KeptMemory {
         int i = 0;
         while (i < count_ && blocks_[i]->bytes < bytes) ++i;  // to the smallest that fits
         if (i < count_) return remove(i) + 1;
+        const bool huge = bytes >= WORTH_HUGE_PAGES;
+        if (huge) bytes = (bytes + sizeof(Block) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE - sizeof(Block);
         void* p = nullptr;
-        if (posix_memalign(&p, alignof(Block), sizeof(Block) + bytes)) return nullptr;
+        if (posix_memalign(&p, huge ? HUGE_PAGE : alignof(Block), sizeof(Block) + bytes)) return nullptr;
+#ifdef MADV_HUGEPAGE
+        if (huge) madvise(p, sizeof(Block) + bytes, MADV_HUGEPAGE);  // a wish: without it pages are small
+#endif
         return new (p) Block{bytes} + 1;
     }
 
@@ -146,6 +152,9 @@ class KeptMemory {
     };
     static constexpr unsigned long MOST_KEPT = 8u << 20;  // of a thread
     static constexpr int MOST_BLOCKS = 8;
+    // Packed weights of this size are walked through in every step, and more small pages than the processor
+    // remembers addresses of.
+    static constexpr unsigned long HUGE_PAGE = 2u << 20, WORTH_HUGE_PAGES = 2 * HUGE_PAGE;
 
     Block* remove(int i) {
         Block* block = blocks_[i];

@@ -22,9 +22,7 @@ struct ForwardScan {
 
     const ForwardCall& c;
     Sh s;
-    // Whether weights are read as they lie. A single sequence is bound by reading W_hh, which no packing
-    // quickens, except where the dots of bfloats wait for their sums longer than for the weights.
-    const bool lying_x, lying_h;
+    const bool lying_x, lying_h;  // whether weights are read as they lie
     struct {
         E *w_ih, *w_hh, *w_hr;  // packed; null where they are read as they lie
         A *bias_x, *bias_r;     // [panel][W]; bias_r only where the cell keeps r apart
@@ -33,7 +31,10 @@ struct ForwardScan {
     } d[2];
 
     ForwardScan(const ForwardCall& call, Arena& arena)
-        : c(call), s(call), lying_x(c.N < ROWS_WORTH_PACKING), lying_h(lying_x || (c.B == 1 && !ROUNDED)) {
+        : c(call),
+          s(call),
+          lying_x(c.N < ROWS_WORTH_PACKING),
+          lying_h(lying_x || (c.B == 1 && !worth_packing(c))) {
         long panels = s.blocks_h * Sh::PANELS;
         for (int i = 0; i < c.D; ++i) {
             const bool projected = c.weights[i].w_hr;
@@ -48,6 +49,14 @@ struct ForwardScan {
             d[i].h_exact = CellT::APART && ROUNDED ? arena.take<A>(c.B * s.ld_h) : nullptr;
             d[i].h_full = projected ? arena.take<E>(c.B * s.ld_h) : nullptr;
         }
+    }
+
+    // A single sequence is bound by reading W_hh. With AVX-512 no packing quickens that, except where the
+    // dots of bfloats wait for their sums longer than for the weights. AVX2 reads packed weights a quarter
+    // faster, which pays unless half of them stay in L1.
+    static bool worth_packing(const ForwardCall& c) {
+        constexpr unsigned long BYTES = 128u << 10;
+        return ROUNDED || (SEQKERN_ACCUMULATORS < 16 && G * c.H * c.P * sizeof(E) >= BYTES);
     }
 
     // Each thread packs what it is likely to read: whole directions, then neighbouring panels.
