@@ -309,6 +309,17 @@ def test_small_calls_are_torchs_unless_they_need_a_gradient(L, causal):
     assert backend() == "(itself) (attention): cpu"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_calls_give_torch_what_is_added_to_the_scores_unrounded(dtype):
+    q, k, v = (torch.randn(2, 4, n, 16, dtype=dtype) for n in (3, 200, 200))
+    for more in ({"bias": 20 * torch.randn(3, 200)}, {"alibi_slopes": 0.02 * torch.rand(4, dtype=dtype)}):
+        with seqkern.backend("torch"):
+            got = attention(q, k, v, **more)
+        wide = {name: x.double() for name, x in more.items()}
+        exact = attention(q.double(), k.double(), v.double(), backend="reference", **wide)
+        assert relative_rms(got, exact) < torch.finfo(dtype).eps / 2
+
+
 LONG = """
 import resource, torch
 from seqkern.functional import attention

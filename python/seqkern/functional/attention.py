@@ -104,7 +104,7 @@ def _torch(t: Tensors, o: Options) -> Tensor:
         slopes = (
             t.alibi_slopes[..., None, None] if t.alibi_slopes.dim() == 2 else t.alibi_slopes[:, None, None]
         )
-        alibi = -slopes * distance.abs()
+        alibi = -(slopes if slopes.dtype == torch.float64 else slopes.float()) * distance.abs()
         bias = alibi if bias is None else bias + alibi
     mask = _four(mask)
     if mask is not None:
@@ -113,7 +113,8 @@ def _torch(t: Tensors, o: Options) -> Tensor:
         seen = seen.any(dim=1, keepdim=True) if seen.shape[1] != 1 else seen
         k, v = (torch.where(seen[..., None], x, 0.0) for x in (k, v))
     if bias is not None:
-        bias = bias.to(q.dtype)
+        # In 32 bits on a CPU, whose kernels take it: 16 would round the scores.
+        bias = bias.to(torch.promote_types(q.dtype, torch.float32) if q.is_cpu else q.dtype)
         mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
     return _torchs_own.call(
         F.scaled_dot_product_attention,
