@@ -233,6 +233,15 @@ def test_gradient_of_an_expanded_bias_has_its_shape(along):
     check(Case(case.tensors._replace(bias=bias), case.options, case.grads))
 
 
+@pytest.mark.parametrize(("G", "L"), [(3, 3), (3, 6), (7, 2), (31, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=named)
+def test_gradient_of_a_bias_of_all_queries_where_heads_stand_side_by_side(isa, dtype, G, L):
+    """A panel of 4, 8, 16 or 32 queries that begins and ends with one head of three or more."""
+    case = make_case(dtype, B=2, Hq=2 * G, Hkv=2, L=L, S=9, bias="full")
+    assert case.tensors.bias is not None
+    check(Case(case.tensors._replace(bias=case.tensors.bias[:, :, :1]), case.options, case.grads))
+
+
 def test_fully_hidden_rows_are_zero_and_take_no_gradient():
     q, k, v = (torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3))
     mask = torch.ones(1, 1, 40, 40, dtype=torch.bool)
@@ -311,11 +320,12 @@ def test_small_calls_are_torchs_unless_they_need_a_gradient(L, causal):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_calls_give_torch_what_is_added_to_the_scores_unrounded(dtype):
-    q, k, v = (torch.randn(2, 4, n, 16, dtype=dtype) for n in (3, 200, 200))
-    for more in ({"bias": 20 * torch.randn(3, 200)}, {"alibi_slopes": 0.02 * torch.rand(4, dtype=dtype)}):
+    q, k, v = (torch.randn(2, 4, n, 16, dtype=dtype) for n in (33, 2, 2))
+    distant = {"alibi_slopes": torch.rand(4).to(dtype), "causal": True}
+    for more in ({"bias": 30 + torch.randn(33, 2)}, distant):
         with seqkern.backend("torch"):
             got = attention(q, k, v, **more)
-        wide = {name: x.double() for name, x in more.items()}
+        wide = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in more.items()}
         exact = attention(q.double(), k.double(), v.double(), backend="reference", **wide)
         assert relative_rms(got, exact) < torch.finfo(dtype).eps / 2
 

@@ -395,7 +395,7 @@ struct BackwardUnit {
                     static_cast<double>(slope[lane / n][lane % n]);
         }
         if (plan.columns) {
-            const bool one = panel.h[0] == panel.h[panel.count - 1] && panel.count > 0;
+            const bool one = panel.count < 2 || panel.h[0] == panel.h[1];  // heads side by side alternate
             for (long key = 0; key < size; ++key)
                 for (long lane = 0; lane < panel.count; ++lane)
                     shared.columns[(s.b * c.Hq + panel.h[one ? 0 : lane]) * c.S + seen.begin + key] +=

@@ -104,7 +104,7 @@ def _torch(t: Tensors, o: Options) -> Tensor:
         slopes = (
             t.alibi_slopes[..., None, None] if t.alibi_slopes.dim() == 2 else t.alibi_slopes[:, None, None]
         )
-        alibi = -(slopes if slopes.dtype == torch.float64 else slopes.float()) * distance.abs()
+        alibi = -slopes.to(torch.promote_types(q.dtype, torch.float32)) * distance.abs()
         bias = alibi if bias is None else bias + alibi
     mask = _four(mask)
     if mask is not None:
