@@ -205,7 +205,7 @@ def attention(
         RuntimeError: sizes, dtypes or devices that do not fit, a mask that does not broadcast, ``cu_seqlens`` that
             descend or do not end at the total, a forced backend that cannot serve.
         ValueError: a negative window or softcap, an unknown word for an option.
-        TypeError: something else than a tensor.
+        TypeError: something else than a tensor; a scale or softcap that is a tensor and requires a gradient.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; the options' sources are listed in `seqkern.spec.attention`.
 
