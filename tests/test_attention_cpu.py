@@ -254,8 +254,18 @@ def test_fully_hidden_rows_are_zero_and_take_no_gradient():
 
 
 @pytest.mark.parametrize("hidden", [torch.nan, torch.inf])
-def test_what_no_query_sees_does_not_leak(hidden):
-    case = make_case(B=2, Hq=4, Hkv=2, L=40, S=150, D=16, mask="heads shared")
+@pytest.mark.parametrize("L", [3, 40])
+@pytest.mark.parametrize(
+    ("options", "keys"),
+    [
+        ({"mask": "heads shared"}, lambda L: slice(149, 150)),
+        ({"window": (5, -1), "causal": "bottom-right"}, lambda L: slice(0, 150 - L - 5)),
+        ({"causal": "top-left", "softcap": 5.0, "dropout_p": 0.2}, lambda L: slice(L, 150)),
+    ],
+    ids=["mask", "window", "causal"],
+)
+def test_what_no_query_sees_does_not_leak(isa, hidden, options, keys, L):
+    case = make_case(B=2, Hq=4, Hkv=2, L=L, S=150, D=16, **options)
     arguments = (*case.tensors, *case.options)
 
     def both():
@@ -266,7 +276,7 @@ def test_what_no_query_sees_does_not_leak(hidden):
 
     want = both()
     for x in case.tensors[1:3]:
-        x[:, :, -1] = hidden
+        x[:, :, keys(L)] = hidden
     assert all(torch.equal(a, b) for a, b in zip(both(), want))
 
 

@@ -197,7 +197,7 @@ struct BackwardUnit {
             const Span there{s.from_k + keys.begin, s.from_k + keys.end};
             Rows<A> kr = block<A, S>(c.k, s, kv_head, there, c.D, k);
             const Rows<A> vr = block<A, S>(c.v, s, kv_head, there, c.Dv, v);
-            bool clean = !c.mask.p;
+            bool clean = !c.mask.p && (c.left < 0 || keys.begin >= s.d - c.left);
             const long panels = group.panels();
             for (long t = 0; t * TOGETHER < panels; ++t) {
                 Panel<A> some[TOGETHER];
