@@ -392,6 +392,7 @@ MISTAKES = {
     ),
     "dropout type": (lambda: small(dropout_p=None), TypeError, "dropout_p is None"),
     "scale type": (lambda: small(scale="wide"), TypeError, "scale is 'wide'"),
+    "learned scale": (lambda: small(scale=torch.ones((), requires_grad=True)), TypeError, "multiply query"),
     "softcap type": (lambda: small(softcap="low"), TypeError, "softcap is 'low'"),
     "softcap without end": (lambda: small(softcap=math.inf), ValueError, "softcap is inf"),
     "softcap unknown": (lambda: small(softcap=math.nan), ValueError, "softcap is nan"),

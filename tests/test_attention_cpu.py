@@ -233,6 +233,15 @@ def test_gradient_of_an_expanded_bias_has_its_shape(along):
     check(Case(case.tensors._replace(bias=bias), case.options, case.grads))
 
 
+@pytest.mark.parametrize(("G", "L"), [(3, 3), (3, 6), (7, 2), (31, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=named)
+def test_gradient_of_a_bias_of_all_queries_where_heads_stand_side_by_side(isa, dtype, G, L):
+    """A panel of 4, 8, 16 or 32 queries that begins and ends with one head of three or more."""
+    case = make_case(dtype, B=2, Hq=2 * G, Hkv=2, L=L, S=9, bias="full")
+    assert case.tensors.bias is not None
+    check(Case(case.tensors._replace(bias=case.tensors.bias[:, :, :1]), case.options, case.grads))
+
+
 def test_fully_hidden_rows_are_zero_and_take_no_gradient():
     q, k, v = (torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3))
     mask = torch.ones(1, 1, 40, 40, dtype=torch.bool)
@@ -245,8 +254,18 @@ def test_fully_hidden_rows_are_zero_and_take_no_gradient():
 
 
 @pytest.mark.parametrize("hidden", [torch.nan, torch.inf])
-def test_what_no_query_sees_does_not_leak(hidden):
-    case = make_case(B=2, Hq=4, Hkv=2, L=40, S=150, D=16, mask="heads shared")
+@pytest.mark.parametrize("L", [3, 40])
+@pytest.mark.parametrize(
+    ("options", "keys"),
+    [
+        ({"mask": "heads shared"}, lambda L: slice(149, 150)),
+        ({"window": (5, -1), "causal": "bottom-right"}, lambda L: slice(0, 150 - L - 5)),
+        ({"causal": "top-left", "softcap": 5.0, "dropout_p": 0.2}, lambda L: slice(L, 150)),
+    ],
+    ids=["mask", "window", "causal"],
+)
+def test_what_no_query_sees_does_not_leak(isa, hidden, options, keys, L):
+    case = make_case(B=2, Hq=4, Hkv=2, L=L, S=150, D=16, **options)
     arguments = (*case.tensors, *case.options)
 
     def both():
@@ -257,7 +276,7 @@ def test_what_no_query_sees_does_not_leak(hidden):
 
     want = both()
     for x in case.tensors[1:3]:
-        x[:, :, -1] = hidden
+        x[:, :, keys(L)] = hidden
     assert all(torch.equal(a, b) for a, b in zip(both(), want))
 
 
@@ -307,6 +326,18 @@ def test_small_calls_are_torchs_unless_they_need_a_gradient(L, causal):
     assert torch.equal(scaled_dot_product_attention(q, k, v, is_causal=causal), want)
     q.requires_grad_()
     assert backend() == "(itself) (attention): cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_calls_give_torch_what_is_added_to_the_scores_unrounded(dtype):
+    q, k, v = (torch.randn(2, 4, n, 16, dtype=dtype) for n in (33, 2, 2))
+    distant = {"alibi_slopes": torch.rand(4).to(dtype), "causal": True}
+    for more in ({"bias": 30 + torch.randn(33, 2)}, distant):
+        with seqkern.backend("torch"):
+            got = attention(q, k, v, **more)
+        wide = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in more.items()}
+        exact = attention(q.double(), k.double(), v.double(), backend="reference", **wide)
+        assert relative_rms(got, exact) < torch.finfo(dtype).eps / 2
 
 
 LONG = """

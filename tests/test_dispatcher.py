@@ -365,6 +365,13 @@ def test_errors_are_torchs_and_leave_nothing_behind():
 
 
 @pytest.mark.built
+def test_a_default_device_does_not_hide_the_kernels():
+    choice.attention_has_kernels.cache_clear()
+    with torch.device("meta"):
+        assert choice.attention_has_kernels("cpu")
+
+
+@pytest.mark.built
 def test_small_calls_stay_torchs():
     q, cell, x = torch.randn(1, 2, 3, 4), nn.LSTMCell(8, 8), torch.randn(1, 8)
     assert {name for _, name in both(lambda: F.scaled_dot_product_attention(q, q, q))} == {"torch"}

@@ -164,6 +164,18 @@ def test_a_hint_that_is_no_causal_mask_is_not_believed_where_torch_reads_the_mas
     torch.testing.assert_close(ours(x, x, x, **options)[0], theirs(x, x, x, **options)[0])
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_causal_mask_that_is_learned_gets_its_gradient_where_torch_reads_the_mask(weights):
+    modules = pair(torch.float64, batch_first=True)
+    x, padding = torch.randn(B, L, E, dtype=torch.float64), torch.randn(B, L, dtype=torch.float64)
+    found = []
+    for module in modules:
+        mask = torch.full((L, L), -torch.inf, dtype=torch.float64).triu(1).requires_grad_()
+        output, _ = module(x, x, x, padding, weights is not None, mask, weights == "mean", is_causal=True)
+        found.append(torch.autograd.grad(output.square().sum(), mask)[0])
+    torch.testing.assert_close(*found)
+
+
 def asked_of_attention(module, *args, **kwargs):
     """The tensors and options of the attention calls that a module makes."""
     with _backend.watch() as seen:

@@ -171,6 +171,12 @@ def test_constructor_errors_are_torchs(kind, args, kwargs):
         getattr(seqkern.nn, kind)(*args, **kwargs)
 
 
+def test_a_mask_of_integers_is_an_error_of_torchs_type():
+    for room in (nn, seqkern.nn):
+        with pytest.raises(AssertionError, match="bool"):
+            build(room, "encoder")(*inputs_of("encoder"), torch.zeros(S, S, dtype=torch.int64))
+
+
 def test_transformer_errors_are_torchs():
     for room in (nn, seqkern.nn):
         model = build(room, "Transformer")

@@ -197,7 +197,7 @@ struct BackwardUnit {
             const Span there{s.from_k + keys.begin, s.from_k + keys.end};
             Rows<A> kr = block<A, S>(c.k, s, kv_head, there, c.D, k);
             const Rows<A> vr = block<A, S>(c.v, s, kv_head, there, c.Dv, v);
-            bool clean = !c.mask.p;
+            bool clean = !c.mask.p && (c.left < 0 || keys.begin >= s.d - c.left);
             const long panels = group.panels();
             for (long t = 0; t * TOGETHER < panels; ++t) {
                 Panel<A> some[TOGETHER];
@@ -395,7 +395,7 @@ struct BackwardUnit {
                     static_cast<double>(slope[lane / n][lane % n]);
         }
         if (plan.columns) {
-            const bool one = panel.h[0] == panel.h[panel.count - 1] && panel.count > 0;
+            const bool one = panel.count < 2 || panel.h[0] == panel.h[1];  // heads side by side alternate
             for (long key = 0; key < size; ++key)
                 for (long lane = 0; lane < panel.count; ++lane)
                     shared.columns[(s.b * c.Hq + panel.h[one ? 0 : lane]) * c.S + seen.begin + key] +=

@@ -79,5 +79,5 @@ def attention_has_kernels(device: str) -> bool:
     """Whether any kernel of this package computes attention on such a device, left to itself."""
     if device != "cpu":  # Triton's wait until a GPU has shown them faster
         return False
-    t = Tensors(*(torch.empty((1, 1, 1, 16)) for _ in range(3)))
+    t = Tensors(*(torch.empty((1, 1, 1, 16), device=device) for _ in range(3)))
     return _backend.declines("cpu", Call("attention", t, Wanted(Options(0.25)))) is None

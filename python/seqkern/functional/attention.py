@@ -104,7 +104,7 @@ def _torch(t: Tensors, o: Options) -> Tensor:
         slopes = (
             t.alibi_slopes[..., None, None] if t.alibi_slopes.dim() == 2 else t.alibi_slopes[:, None, None]
         )
-        alibi = -slopes * distance.abs()
+        alibi = -slopes.to(torch.promote_types(q.dtype, torch.float32)) * distance.abs()
         bias = alibi if bias is None else bias + alibi
     mask = _four(mask)
     if mask is not None:
@@ -113,7 +113,8 @@ def _torch(t: Tensors, o: Options) -> Tensor:
         seen = seen.any(dim=1, keepdim=True) if seen.shape[1] != 1 else seen
         k, v = (torch.where(seen[..., None], x, 0.0) for x in (k, v))
     if bias is not None:
-        bias = bias.to(q.dtype)
+        # In 32 bits on a CPU, whose kernels take it: 16 would round the scores.
+        bias = bias.to(torch.promote_types(q.dtype, torch.float32) if q.is_cpu else q.dtype)
         mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
     return _torchs_own.call(
         F.scaled_dot_product_attention,
@@ -204,7 +205,7 @@ def attention(
         RuntimeError: sizes, dtypes or devices that do not fit, a mask that does not broadcast, ``cu_seqlens`` that
             descend or do not end at the total, a forced backend that cannot serve.
         ValueError: a negative window or softcap, an unknown word for an option.
-        TypeError: something else than a tensor.
+        TypeError: something else than a tensor; a scale or softcap that is a tensor and requires a gradient.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; the options' sources are listed in `seqkern.spec.attention`.
 

@@ -99,6 +99,8 @@ def is_causal_mask(mask: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or type(mask) not in _backend.PLAIN or mask.dim() != 2:
         return False
+    if not (mask.dtype == torch.bool or mask.is_floating_point()):  # an error, and for the layers to say
+        return False
     if not mask.is_cpu or _backend.in_transform():
         return False
     hidden = True if mask.dtype == torch.bool else -torch.inf
@@ -122,7 +124,8 @@ def seen(
     """Both masks of a batch together.
 
     ``is_causal`` is torch's promise that ``attn_mask`` is the causal mask. Where torch itself goes by the promise, so
-    do we; where it goes by the mask (``exact``, or with key_padding_mask) the mask is looked at first.
+    do we; where it goes by the mask (``exact``, or with key_padding_mask) the mask is looked at first, and stays one if
+    it takes a gradient.
 
     Args:
         attn_mask: [L, S] or [B*H, L, S].
@@ -138,7 +141,7 @@ def seen(
         )
     causal = is_causal and not exact and key_padding_mask is None
     if is_causal and not causal and not more_keys and tuple(attn_mask.shape) == (L, S):  # type: ignore[union-attr]
-        causal = is_causal_mask(attn_mask)  # type: ignore[arg-type]
+        causal = not _backend.needs_grad((attn_mask,)) and is_causal_mask(attn_mask)  # type: ignore[arg-type]
     found: dict[str, Tensor] = {}
     if attn_mask is not None and not causal:
         if tuple(attn_mask.shape) not in ((L, S), (B * H, L, S)):

@@ -22,6 +22,11 @@ def check_options(t: Tensors, o: Options, return_weights) -> None:
     for name in ("scale", "softcap", "dropout_p"):
         if not isinstance(x := getattr(o, name), _NUMBERS):
             raise TypeError(f"{NAME}: {name} is {x!r}, expected a number")
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            advice = "multiply query by it and give scale=1.0" if name == "scale" else "give its .item()"
+            raise TypeError(
+                f"{NAME}: {name} is a tensor that requires a gradient, for which there is none; {advice}"
+            )
     query = t.query
     if not query.is_floating_point() or query.itemsize == 1:
         raise RuntimeError(
