@@ -48,6 +48,7 @@ struct AttentionForward : AttentionCall {
     Result lse;      // wide, size 1
     Result weights;  // [B, Hq, L, S], or for the mean [B, L, S] with a head stride of 0; null: not wanted
     bool mean;
+    int threads;  // of the team at most; set by the dispatcher
 };
 
 struct AttentionBackward : AttentionCall {

@@ -11,7 +11,7 @@ namespace SEQKERN_ISA {
 SK_INLINE long take_ticket(long* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
 // A tile of scores joins the softmax of its panel and becomes weights, relative to the new maximum.
-template <class A>
+template <class A, int HALVES>
 SK_INLINE void join_softmax(A* tile, long keys, const Running<A>& run, long count, long Nv) {
     constexpr long n = Simd<A>::n, W = 2 * n;
     const Vec<A> hidden = Vec<A>{} - static_cast<A>(__builtin_inf());
@@ -19,14 +19,14 @@ SK_INLINE void join_softmax(A* tile, long keys, const Running<A>& run, long coun
     bool fades = false;
     Vec<A> top[2][2] = {{hidden, hidden}, {hidden, hidden}}, shift[2], sum[2] = {};
     for (long k = 0; k < keys; k += 2) SK_UNROLL
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < HALVES; ++half) {
         const long next = min_of(k + 1, keys - 1);
         const Vec<A> a = load<A>(tile + k * W + half * n), b = load<A>(tile + next * W + half * n);
         top[half][0] = larger(a, top[half][0]);
         top[half][1] = larger(b, top[half][1]);
     }
     SK_UNROLL
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < HALVES; ++half) {
         const Vec<A> before = load<A>(run.m + half * n);
         Vec<A> m = larger(top[half][0], top[half][1]);
         m = larger(m, before);
@@ -38,14 +38,15 @@ SK_INLINE void join_softmax(A* tile, long keys, const Running<A>& run, long coun
     }
     for (long lane = 0; lane < count; ++lane) fades = fades || fade[lane] != 1;
     for (long k = 0; k < keys; ++k) SK_UNROLL
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < HALVES; ++half) {
         A* at = tile + k * W + half * n;
         const Vec<A> p = exp2_below<A>(load<A>(at) - shift[half]);
         sum[half] += p;
         store<A>(at, p);
     }
     SK_UNROLL
-    for (int half = 0; half < 2; ++half) store<A>(run.l + half * n, load<A>(run.l + half * n) + sum[half]);
+    for (int half = 0; half < HALVES; ++half)
+        store<A>(run.l + half * n, load<A>(run.l + half * n) + sum[half]);
     if (!fades) return;
     for (long lane = 0; lane < count; ++lane) {
         A* row = run.out + lane * (Nv + n);
@@ -67,21 +68,26 @@ SK_INLINE void drop_weights(const Dropout<A>& dropout, A* tile, Span keys) {
         }
 }
 
-// How the rows of a call are shared out. Chosen from its sizes alone.
+// How the rows of a call are shared out. Into how many parts the keys are split follows from its sizes alone,
+// for it changes the last bits; how many panels share a block of keys changes none, and follows the threads:
+// as many as leave each thread some units to choose from.
 template <class A>
 struct ForwardPlan {
-    static constexpr long W = Panel<A>::W, ROWS = 128, MOST = ROWS / W, SPLIT = 1024, UNITS = 32;
+    static constexpr long n = Simd<A>::n, W = Panel<A>::W, ROWS = 128, MOST = ROWS / W, SPLIT = 1024,
+                          UNITS = 32, UNITS_OF_A_THREAD = 4;
+    // From here on a panel, of which half is computed, is quicker than lanes of keys.
+    static constexpr long FEW = SEQKERN_ACCUMULATORS < 16 ? n / 2 : n;
     long together, blocks, splits, Nv;  // panels of a unit, units of a group, parts of the keys
     bool few;                           // queries of a group fit in one vector
 
-    explicit ForwardPlan(const AttentionForward& c)
-        : Nv(padded<A>(c.Dv)), few(c.Hq / c.Hkv * c.L <= Simd<A>::n) {
+    explicit ForwardPlan(const AttentionForward& c) : Nv(padded<A>(c.Dv)), few(c.Hq / c.Hkv * c.L <= FEW) {
         const long panels = HeadGroup<A>::panels_for(c.Hq / c.Hkv, c.L), groups = c.B * c.Hkv;
-        together = MOST;
-        while (together > 1 && groups * ceil_div(panels, together) < UNITS) together /= 2;
+        splits = groups * panels < UNITS && c.S >= 2 * SPLIT ? ceil_div(c.S, SPLIT) : 1;
+        const long wanted = c.threads == 1 ? 1 : c.threads * UNITS_OF_A_THREAD;
+        together = splits > 1 ? 1 : MOST;
+        while (together > 1 && groups * ceil_div(panels, together) < wanted) together /= 2;
         together = max_of(1, min_of(together, panels));
         blocks = ceil_div(panels, together);
-        splits = groups * blocks < UNITS && c.S >= 2 * SPLIT ? ceil_div(c.S, SPLIT) : 1;
     }
     long units(const AttentionForward& c) const { return c.B * c.Hkv * blocks * splits; }
     long panel_size() const { return W * (Nv + Simd<A>::n) + 2 * W; }  // of a Running
@@ -170,8 +176,8 @@ struct ForwardUnit {
             begun[0] = few_queries<A, S>(c, s, kv_head, panels[0], some, rows, tile, v, running[0]);
             some.end = some.begin;
         }
-        for (long from = some.begin; from < some.end; from += KEYS) {
-            const Span keys{from, min_of(from + KEYS, some.end)};
+        for (long from = some.begin / KEYS * KEYS; from < some.end; from += KEYS) {
+            const Span keys{max_of(from, some.begin), min_of(from + KEYS, some.end)};
             const Span there{s.from_k + keys.begin, s.from_k + keys.end};
             const Rows<A> kr = block<A, S>(c.k, s, kv_head, there, c.D, k);
             const Rows<A> vr = without_unseen<A>(c, s, panels, count,
@@ -180,10 +186,16 @@ struct ForwardUnit {
                 const Span here = overlap(spans[p], keys);
                 if (here.empty()) continue;
                 const long size = here.end - here.begin, skip = here.begin - keys.begin;
-                gemm<A, 2>(size, kr.p + skip * kr.ld, kr.ld, {columns + p * c.D * W, W, 0}, 1, c.D, tile, W,
-                           0, false);
+                const bool half = panels[p].count <= n;
+                (half ? gemm<A, 1> : gemm<A, 2>)(size, kr.p + skip * kr.ld, kr.ld,
+                                                 {columns + p * c.D * W, W, 0}, 1, c.D, tile, W, 0, false);
                 Scores<A>(c, s, panels[p]).template apply<S>(tile, W, here, nullptr);
-                join_softmax<A>(tile, size, running[p], begun[p] ? panels[p].count : 0, plan.Nv);
+                const long fading = begun[p] ? panels[p].count : 0;
+                if (half) {
+                    join_softmax<A, 1>(tile, size, running[p], fading, plan.Nv);
+                } else {
+                    join_softmax<A, 2>(tile, size, running[p], fading, plan.Nv);
+                }
                 if (c.dropout_p > 0) drop_weights<A>(Dropout<A>(c, s, panels[p]), tile, here);
                 multiply_rows<A, true>(panels[p].count, tile, W, vr.p + skip * vr.ld, vr.ld, plan.Nv, size,
                                        running[p].out, plan.Nv + n, begun[p]);

@@ -188,9 +188,9 @@ SK_INLINE bool is_finite(const A* row, long size) {
     return finite;
 }
 
-// A row that no query of these panels sees and that is not finite is zeroed in a copy, for a weight of 0 times
-// NaN would be NaN. There are such rows where a mask is given, and before a window, whose first keys are
-// those of a whole vector.
+// A row that no query of these panels sees and that is not finite is zeroed in a copy, for a weight of 0
+// times NaN would be NaN. There are such rows where a mask is given, and before a window, whose first keys
+// are those of a whole vector.
 template <class A>
 SK_INLINE Rows<A> without_unseen(const AttentionCall& c, const Sequence& s, const Panel<A>* panels,
                                  long count, Rows<A> rows, Span keys, long size, A* buffer) {

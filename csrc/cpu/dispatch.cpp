@@ -298,8 +298,9 @@ void backward(const BackwardCall& call) {
     run(call, table.backward_shared_bytes(call), table.backward);
 }
 
-void attention_forward(const AttentionForward& call) {
+void attention_forward(AttentionForward call) {
     const AttentionTable& table = *in_use().attention;
+    call.threads = threads_for(call);
     run(call, table.forward_shared_bytes(call), table.forward);
 }
 

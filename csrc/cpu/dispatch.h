@@ -23,7 +23,7 @@ void run_team(int threads, void (*fn)(void* context, const Team& team), void* co
 
 void forward(const ForwardCall& call);
 void backward(const BackwardCall& call);
-void attention_forward(const AttentionForward& call);
+void attention_forward(AttentionForward call);
 void attention_backward(const AttentionBackward& call);
 void linear(const LinearCall& call);
 void product(const Product& call);

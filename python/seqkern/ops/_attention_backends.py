@@ -12,11 +12,26 @@ from seqkern.spec.attention import Options, Tensors
 
 CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 CPU_READY = _library.native() is not None
-# Below these an op's call costs more than our kernels save; causal counted in full.
-SMALL_FLOP = 1e7
-SMALL_FLOP_CAUSAL = 5e6
-SMALL_FLOP_OF_FEW = 2e6  # of 2 to 16 queries
-SMALL_NUMBERS_OF_ONE = 2e6  # keys and values of one query
+
+
+class Small(NamedTuple):
+    """Below these a call without a gradient is over on torch's kernel before an op of this package pays."""
+
+    flop: float  #: of more than 16 queries; causal counted in full
+    narrow: float  #: the same for head sizes below 32, where torch's kernel takes longer
+    causal: float  #: of causal calls, at most
+    beyond: float  #: the same with keys that no query sees, of which torch's kernel leaves out none
+    few: float  #: of 2 to 16 queries
+    one: float  #: keys and values of one query, in numbers
+    keys: int = 2  #: fewer of them are copied rather than weighed
+
+
+# With vectors of 64 bytes, and of 32 or fewer.
+SMALL = (
+    Small(flop=1e7, narrow=1e7, causal=5e6, beyond=5e6, few=2e6, one=2e6)
+    if _library.is_wide()
+    else Small(flop=2.5e7, narrow=1e7, causal=2.5e7, beyond=5e6, few=1e7, one=4e6)
+)
 TRITON_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 LARGEST_HEAD = 256
 PLAIN = frozenset((Tensor, Parameter))
@@ -62,12 +77,18 @@ def torch_declines(t: Tensors, wanted: Wanted) -> str | None:
 
 
 def too_small(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
-    """Whether a call without a gradient is over on torch's kernel before an op of this package pays."""
-    L = query.shape[-2]
+    """Whether a call without a gradient is `Small`."""
+    L, keys = query.shape[-2], key.shape[-2]
+    if keys < SMALL.keys:
+        return True
     if L == 1:
-        return key.numel() + value.numel() < SMALL_NUMBERS_OF_ONE
-    most = SMALL_FLOP_OF_FEW if L <= 16 else SMALL_FLOP_CAUSAL if causal else SMALL_FLOP
-    return 4 * query.numel() * key.shape[-2] < most
+        return key.numel() + value.numel() < SMALL.one
+    most = SMALL.flop if query.shape[-1] >= 32 else SMALL.narrow
+    if L <= 16:
+        most = SMALL.few
+    if causal:
+        most = min(most, SMALL.beyond if keys > 2 * L else SMALL.causal)
+    return 4 * query.numel() * keys < most
 
 
 def torch_outruns(t: Tensors, wanted: Wanted) -> str | None:

@@ -37,3 +37,9 @@ def native() -> ModuleType | None:
 def why_missing() -> str:
     """Why `native` is None, in a sentence; empty if it is not."""
     return _load()[1]
+
+
+def is_wide() -> bool:
+    """Whether the kernels have vectors of 64 bytes here."""
+    found = native()
+    return found is not None and "avx512" in found.isas()

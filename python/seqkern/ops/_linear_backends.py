@@ -28,7 +28,7 @@ DENSE = (
     and _native.cpu_vendor() == "amd"
     and torch.backends.mkl.is_available()
 )
-WIDE = "avx512" in _ISAS
+WIDE = _library.is_wide()
 
 
 def _by_onednn(supported: Callable[[], bool] | None) -> bool:
