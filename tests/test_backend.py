@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import seqkern
-from seqkern.ops import _backend, _library, _linear_backends
+from seqkern.ops import _attention_backends, _backend, _library, _linear_backends
 
 NATIVE = _library.native()
 
@@ -156,6 +156,31 @@ def test_triton_is_left_aside_until_a_gpu_has_shown_it_faster(monkeypatch):
     monkeypatch.setattr(_backend, "special", 1)
     gru, x = seqkern.nn.GRU(3, 4), torch.randn(2, 1, 3)
     torch.testing.assert_close(torch.compile(gru, fullgraph=True, backend="aot_eager")(x), gru(x))
+
+
+@pytest.mark.parametrize(
+    ("L", "S", "D", "causal", "small"),
+    [
+        (64, 64, 64, False, 4 * 64 * 64 * 64),
+        (64, 64, 16, False, 4 * 64 * 64 * 16),  # narrow
+        (64, 64, 64, True, 4 * 64 * 64 * 64),
+        (64, 200, 64, True, 4 * 64 * 200 * 64),  # beyond
+        (9, 500, 64, False, 4 * 9 * 500 * 64),  # few
+        (1, 500, 64, False, 2 * 500 * 64),  # one
+    ],
+)
+def test_a_small_call_is_torchs(monkeypatch, L, S, D, causal, small):
+    """Each bound by itself, at what the call takes and a little above it."""
+    query, key = torch.zeros(1, 1, L, D), torch.zeros(1, 1, S, D)
+    field = ("beyond" if S > 2 * L else "causal") if causal else "narrow" if D < 32 else "flop"
+    field = "one" if L == 1 else "few" if L <= 16 else field
+    for bound, wanted in ((small, False), (small + 1, True)):
+        bounds = dict.fromkeys(_attention_backends.Small._fields, 0.0 if not causal else 1e9) | {"keys": 2}
+        monkeypatch.setattr(
+            _attention_backends, "SMALL", _attention_backends.Small(**bounds | {field: bound})
+        )
+        assert _attention_backends.too_small(query, key, key, causal) == wanted
+    assert _attention_backends.too_small(query, key[:, :, :1], key[:, :, :1], causal)
 
 
 def test_package_is_light_and_works_without_its_binary():

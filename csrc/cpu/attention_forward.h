@@ -172,6 +172,8 @@ struct ForwardUnit {
             if (!plan.few) panel_columns<A>(columns + p * c.D * W, rows, panels[p].count, c.D);
         }
         bool begun[MOST] = {};
+        // One panel or two do not earn a copy back where tiles have few rows.
+        const bool once = SEQKERN_ACCUMULATORS < 16 && count <= 2;
         if (plan.few) {
             begun[0] = few_queries<A, S>(c, s, kv_head, panels[0], some, rows, tile, v, running[0]);
             some.end = some.begin;
@@ -179,9 +181,9 @@ struct ForwardUnit {
         for (long from = some.begin / KEYS * KEYS; from < some.end; from += KEYS) {
             const Span keys{max_of(from, some.begin), min_of(from + KEYS, some.end)};
             const Span there{s.from_k + keys.begin, s.from_k + keys.end};
-            const Rows<A> kr = block<A, S>(c.k, s, kv_head, there, c.D, k);
-            const Rows<A> vr = without_unseen<A>(c, s, panels, count,
-                                                 block<A, S>(c.v, s, kv_head, there, c.Dv, v), keys, c.Dv, v);
+            const Rows<A> kr = block<A, S>(c.k, s, kv_head, there, c.D, k, once);
+            const Rows<A> vr = without_unseen<A>(
+                c, s, panels, count, block<A, S>(c.v, s, kv_head, there, c.Dv, v, once), keys, c.Dv, v);
             for (long p = 0; p < count; ++p) {
                 const Span here = overlap(spans[p], keys);
                 if (here.empty()) continue;

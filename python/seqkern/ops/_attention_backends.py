@@ -30,7 +30,7 @@ class Small(NamedTuple):
 SMALL = (
     Small(flop=1e7, narrow=1e7, causal=5e6, beyond=5e6, few=2e6, one=2e6)
     if _library.is_wide()
-    else Small(flop=2.5e7, narrow=1e7, causal=2.5e7, beyond=5e6, few=1e7, one=4e6)
+    else Small(flop=4.5e7, narrow=1e7, causal=2.5e7, beyond=5e6, few=1e7, one=4e6)
 )
 TRITON_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 LARGEST_HEAD = 256
