@@ -176,9 +176,8 @@ def test_a_small_call_is_torchs(monkeypatch, L, S, D, causal, small):
     field = "one" if L == 1 else "few" if L <= 16 else field
     for bound, wanted in ((small, False), (small + 1, True)):
         bounds = dict.fromkeys(_attention_backends.Small._fields, 0.0 if not causal else 1e9) | {"keys": 2}
-        monkeypatch.setattr(
-            _attention_backends, "SMALL", _attention_backends.Small(**bounds | {field: bound})
-        )
+        set_to = _attention_backends.Small(**bounds | {field: bound})
+        monkeypatch.setattr(_attention_backends, "SMALL_FLOAT32", set_to)
         assert _attention_backends.too_small(query, key, key, causal) == wanted
     assert _attention_backends.too_small(query, key[:, :, :1], key[:, :, :1], causal)
 

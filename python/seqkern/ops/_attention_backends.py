@@ -26,11 +26,10 @@ class Small(NamedTuple):
     keys: int = 2  #: fewer of them are copied rather than weighed
 
 
-# With vectors of 64 bytes, and of 32 or fewer.
-SMALL = (
-    Small(flop=1e7, narrow=1e7, causal=5e6, beyond=5e6, few=2e6, one=2e6)
-    if _library.is_wide()
-    else Small(flop=4.5e7, narrow=1e7, causal=2.5e7, beyond=5e6, few=1e7, one=4e6)
+SMALL = Small(flop=1e7, narrow=1e7, causal=5e6, beyond=5e6, few=2e6, one=2e6)
+# In float32 with vectors of 32 bytes or fewer.
+SMALL_FLOAT32 = (
+    SMALL if _library.is_wide() else Small(flop=4.5e7, narrow=1e7, causal=2.5e7, beyond=5e6, few=1e7, one=4e6)
 )
 TRITON_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 LARGEST_HEAD = 256
@@ -79,15 +78,16 @@ def torch_declines(t: Tensors, wanted: Wanted) -> str | None:
 def too_small(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
     """Whether a call without a gradient is `Small`."""
     L, keys = query.shape[-2], key.shape[-2]
-    if keys < SMALL.keys:
+    bounds = SMALL_FLOAT32 if query.dtype == torch.float32 else SMALL
+    if keys < bounds.keys:
         return True
     if L == 1:
-        return key.numel() + value.numel() < SMALL.one
-    most = SMALL.flop if query.shape[-1] >= 32 else SMALL.narrow
+        return key.numel() + value.numel() < bounds.one
+    most = bounds.flop if query.shape[-1] >= 32 else bounds.narrow
     if L <= 16:
-        most = SMALL.few
+        most = bounds.few
     if causal:
-        most = min(most, SMALL.beyond if keys > 2 * L else SMALL.causal)
+        most = min(most, bounds.beyond if keys > 2 * L else bounds.causal)
     return 4 * query.numel() * keys < most
 
 
