@@ -179,7 +179,10 @@ def test_a_small_call_is_torchs(monkeypatch, L, S, D, causal, small):
         set_to = _attention_backends.Small(**bounds | {field: bound})
         monkeypatch.setattr(_attention_backends, "SMALL_FLOAT32", set_to)
         assert _attention_backends.too_small(query, key, key, causal) == wanted
+    bounds = dict.fromkeys(_attention_backends.Small._fields, 0.0) | {"keys": 2}
+    monkeypatch.setattr(_attention_backends, "SMALL_FLOAT32", _attention_backends.Small(**bounds))
     assert _attention_backends.too_small(query, key[:, :, :1], key[:, :, :1], causal)
+    assert not _attention_backends.too_small(query, key, key, causal)
 
 
 def test_package_is_light_and_works_without_its_binary():

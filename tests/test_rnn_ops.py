@@ -62,6 +62,21 @@ def test_op_over_many_steps(isa, cell, dtype, form, T, B):
     check_op(make_case(cell, form, dtype, **sizes, bidirectional=True), what=f"{isa} {cell} {form}")
 
 
+@pytest.mark.parametrize(("cell", "H"), [("lstm", 520), ("gru", 110), ("rnn_tanh", 190)])
+def test_one_sequence_on_large_weights(isa, cell, H):
+    """Recurrent weights beyond 128 KB, packed for one sequence on some machines; the LSTM's fill huge pages."""
+    case, threads, found = make_case(cell, T=71, B=1, I=9, H=H), torch.get_num_threads(), []
+    check_op(case, what=f"{isa} {cell} {H}")
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(run_op(case))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert [name for name in found[0] if not torch.equal(found[0][name], other[name])] == []
+
+
 @pytest.mark.parametrize(("form", "bidirectional"), FORMS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_op_skips_what_is_not_needed(isa, cell, form, bidirectional):
