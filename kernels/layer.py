@@ -109,6 +109,15 @@ class Layer:
     def config(self, kernel: str) -> tuning.Config | None:
         return tuning.choose(tuning.arch_of(self.device), self.problem(kernel))
 
+    def persistent(self, kernel: str) -> tuning.Config | None:
+        if self.device.type == "cuda":
+            processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        else:
+            # The interpreter runs one program after another: none can wait for the next.
+            alone = self.H <= 64 if self.cell.G == 1 else self.H <= 16 and kernel.endswith("forward")
+            processors = self.rows.B * self.D * 4 if alone else 0
+        return tuning.persistent_config(tuning.arch_of(self.device), processors, self.problem(kernel))
+
     def stacked(self, i: int) -> Tensor | None:
         """[D, ...] of weight i of both directions."""
         found = [w[i] for w in self.weights]
@@ -131,6 +140,21 @@ class Layer:
             w = torch.nn.functional.pad(w, (0, across, 0, down))
             w_hr = None if w_hr is None else torch.nn.functional.pad(w_hr, (0, down, 0, across))
         return w, w_hr
+
+    def spread(self, config: tuning.Config, backward: bool) -> Tensor:
+        """The recurrent weights of a persistent kernel, zeros filling the tiles. Forward: [D, tiles of H, slots *
+        BLOCK_H, depth], of each tile of units its rows gate by gate. Backward: [D, tiles of H, slots, slots * BLOCK_H,
+        depth], of each larger tile of units and each gate the columns."""
+        w, G, slots = self.stacked(1), self.cell.G, tuning.power(self.cell.G)
+        assert w is not None
+        w = w.view(self.D, G, self.H, self.H)
+        if backward:
+            w = w.mT
+        block = slots * config.BLOCK_H if backward else config.BLOCK_H
+        units, depth = tuning.tiled(self.H, block), tuning.tiled(self.H, config.BLOCK_K)
+        pad = (0, depth - self.H, 0, units - self.H, 0, slots - G)
+        w = torch.nn.functional.pad(w, pad) if any(pad) else w
+        return w.reshape(self.D, slots, -1, block, depth).transpose(1, 2).contiguous()
 
     def constants(self, config: tuning.Config, backward: bool, depth: str) -> dict[str, Any]:
         c = self.cell

@@ -12,14 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqkern.kernels import scan, step, tuning
+from seqkern.kernels import persistent, scan, step, tuning
 from seqkern.kernels.layer import Layer
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any], config
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    config,
+    **options: Any,
 ) -> None:
-    kernel[grid](**arguments, **constants, num_warps=config.warps, num_stages=config.stages)
+    kernel[grid](**arguments, **constants, num_warps=config.warps, num_stages=config.stages, **options)
 
 
 def tiles(n: int, block: int) -> int:
@@ -44,8 +49,11 @@ def forward(
             return *_one_step(layer, input, hx, cx, kept), reserve
         x = _project_input(layer, input)
         c = None if cx is None else layer.empty(*cx.shape, dtype=torch.float32).copy_(cx)
-        config = layer.config("sequence_forward")
-        run = _whole_sequence if config is not None else _step_by_step
+        run, config = _whole_sequence, layer.config("sequence_forward")
+        if config is None:
+            run, config = _persistent, layer.persistent("persistent_forward")
+        if config is None:
+            run = _step_by_step
         output = run(layer, x, hx.contiguous(), c, kept, config)
         h_n = torch.stack(
             [layer.rows.ends(output[:, d * layer.P : (d + 1) * layer.P], d) for d in range(layer.D)]
@@ -137,6 +145,38 @@ def _whole_sequence(
     return output
 
 
+def _persistent(
+    layer: Layer, x: Tensor, hx: Tensor, c: Tensor | None, reserve: Tensor | None, config
+) -> Tensor:
+    rows, D, H = layer.rows, layer.D, layer.H
+    output = layer.empty(rows.N, D * H)
+    ring = layer.empty(2, *hx.shape)
+    ring[0] = hx
+    w = layer.spread(config, False)
+    arguments = {
+        **{"p_x": x, "p_w": w, "p_b": layer.joined(3), "p_ring": ring, "p_c": c, "p_out": output},
+        **{"p_reserve": reserve, "p_starts": rows.starts},
+        **{"T": rows.T, "B": rows.B, "H": H},
+    }
+    _launch_persistent(layer, arguments, config, False)
+    return output
+
+
+def _launch_persistent(
+    layer: Layer, arguments: dict[str, Any], config: tuning.Config, backward: bool
+) -> None:
+    tiles_b, slots = tiles(layer.rows.B, config.BLOCK_B), tuning.power(layer.cell.G)
+    # In the backward as many programs share a tile of units as there are slots.
+    units = tuning.tiled(layer.H, slots * config.BLOCK_H) if backward else layer.H
+    grid = (tiles(units, config.BLOCK_H), tiles_b, layer.D)
+    # A line of the cache for each counter.
+    count = torch.zeros((layer.D, tiles_b, 1 + grid[0], 32), dtype=torch.int32, device=layer.device)
+    constants = layer.constants(config, backward, "BLOCK_K")
+    constants |= {"SLOTS": slots, "CHUNKS": tiles(layer.H, config.BLOCK_K)}
+    kernel = persistent.persistent_backward if backward else persistent.persistent_forward
+    launch(kernel, grid, {**arguments, "p_count": count}, constants, config, launch_cooperative_grid=True)
+
+
 def _step_by_step(layer: Layer, x: Tensor, hx: Tensor, c: Tensor | None, reserve: Tensor | None, _) -> Tensor:
     rows, D, P = layer.rows, layer.D, layer.P
     config = layer.config("step_forward")
@@ -174,8 +214,11 @@ def backward(
     with layer.on_device():
         flow = Flow(layer, grad_output, grad_h_n, grad_c_n, output, reserve, hx, cx)
         config = None if layer.step else layer.config("sequence_backward")
+        spread = None if config is not None or layer.step else layer.persistent("persistent_backward")
         if config is not None:
             flow.whole_sequence(config)
+        elif spread is not None:
+            flow.persistent(spread)
         else:
             flow.step_by_step()
         found = [flow.d_input() if need_input else None, flow.d_hx, flow.d_cx]
@@ -227,6 +270,20 @@ class Flow:
         self.d_hx = self._state(self.dh)
         self.d_cx = None if self.dc is None else self._state(self.dc)
 
+    def persistent(self, config: tuning.Config) -> None:
+        layer, slots = self.layer, tuning.power(self.layer.cell.G)
+        part = None  # what the gates add to the gradient of h
+        if slots > 1:
+            rows = (
+                tuning.tiled(layer.rows.B, config.BLOCK_B)
+                * slots
+                * tuning.tiled(layer.H, slots * config.BLOCK_H)
+            )
+            part = layer.empty(layer.D * rows, dtype=torch.float32)
+        arguments = {**self._arguments(), "p_w": layer.spread(config, True), "p_dr": self.dr, "p_part": part}
+        _launch_persistent(layer, arguments, config, True)
+        self._first_states()
+
     def step_by_step(self) -> None:
         layer, rows, P = self.layer, self.layer.rows, self.layer.P
         config = layer.config("step_backward")
@@ -250,9 +307,13 @@ class Flow:
             live = max(rows.live(t) for t in times)
             grid = (tiles(live, config.BLOCK_B), tiles(layer.H, config.BLOCK_H), layer.D)
             launch(step.step_backward, grid, {**arguments, "k": k}, constants, config)
-        found = []
+        self._first_states()
+
+    def _first_states(self) -> None:
+        """The gradients of the first states: of h what came by the matmul, where APART with what passed it by."""
+        layer, found = self.layer, []
         for d in range(layer.D):
-            first = torch.mm(rows.begins(self._gates(self.dr, d), d), layer.weights[d][1])
+            first = torch.mm(layer.rows.begins(self._gates(self.dr, d), d), layer.weights[d][1])
             found.append(first + self.dh[d] if layer.cell.APART else first)
         self.d_hx = self._state(torch.stack(found))
         self.d_cx = None if self.dc is None else self._state(self.dc)

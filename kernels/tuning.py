@@ -156,10 +156,39 @@ def step_candidates(arch: int, p: Problem) -> list[Config]:
     return busy + [c for c in found[::-1] if c not in busy]
 
 
+def tiled(n: int, block: int) -> int:
+    """n rounded up to whole blocks."""
+    return -(-n // block) * block
+
+
+def slots(p: Problem) -> int:
+    """Gates, and what fills them up to a power of two, among which a persistent kernel shares out 64 rows."""
+    return power(p.G)
+
+
+def persistent_bytes(p: Problem, c: Config) -> int:
+    """An upper bound of the shared memory of a persistent kernel, held to the compilers' figures by a test."""
+    return (slots(p) * c.BLOCK_H + c.BLOCK_B) * tiled(p.H, c.BLOCK_K) * p.dtype.itemsize + 8192
+
+
+def persistent_config(arch: int, processors: int, p: Problem) -> Config | None:
+    """Of a persistent kernel on so many multiprocessors; None where it does not fit or nothing is known of it."""
+    force = tuning_cache.force.get()
+    if force.steps or p.projects or p.dtype.itemsize != 2 or not (arch >= 90 or force.persistent):
+        return None
+    for block_b in (16, 32):
+        # 64 rows of weights, the least that wgmma takes, in chunks of the depth.
+        c = Config(block_b, 64 // slots(p), 64, 4, 1)
+        programs = tiled(p.B, block_b) // block_b * (tiled(p.H, 64) // c.BLOCK_H) * p.D
+        if programs <= processors and persistent_bytes(p, c) <= limits(arch).shared:
+            return c
+    return None
+
+
 def choose(arch: int, p: Problem) -> Config | None:
     """The configuration of a call; None where a sequence does not fit on chip."""
     whole = p.kernel.startswith("sequence")
-    if whole and tuning_cache.force.get().steps:
+    if whole and (tuning_cache.force.get().steps or tuning_cache.force.get().persistent):
         return None
     found = tuning_cache.preferred(p.key)
     if found is not None:

@@ -28,15 +28,19 @@ class Force(NamedTuple):
 
     configs: Mapping[str, tuple[int, ...]]
     steps: bool  # whether recurrent layers run step by step
+    persistent: bool = False  # whether they run by the persistent kernels, where those take them
 
 
 force: ContextVar[Force] = ContextVar("seqkern_tuning", default=Force({}, False))  # noqa: B039
 
 
 @contextmanager
-def forced(configs: Mapping[str, tuple[int, ...]], steps: bool = False) -> Iterator[None]:
-    """Puts configurations, by key, before all others in the block; with ``steps``, no sequence fits."""
-    token = force.set(Force(configs, steps))
+def forced(
+    configs: Mapping[str, tuple[int, ...]], steps: bool = False, persistent: bool = False
+) -> Iterator[None]:
+    """Puts configurations, by key, before all others in the block. With ``steps`` recurrent layers run step by step,
+    with ``persistent`` by the persistent kernels, where those take them."""
+    token = force.set(Force(configs, steps, persistent))
     try:
         yield
     finally:
