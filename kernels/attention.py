@@ -13,6 +13,7 @@ from seqkern.kernels.mods import (
     drop,
     kept,
     key_range,
+    reached,
     rows,
     score,
     sequence,
@@ -38,30 +39,35 @@ def softmax_block(acc, m, l, x, keep, mods):
 
 @triton.jit
 def attend(
-    acc, m, l, q, k, v, base_k, base_v, b, h, i, L, S, d, lo, hi, scale, mods,
+    acc, m, l, q, k, v, base_k, base_v, b, h, i, first, last, L, S, d, lo, hi, scale, mods,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, EDGE: tl.constexpr,
+    PRECISION: tl.constexpr, EDGE: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
-    """The keys lo..hi for queries q [M, BLOCK_D]; i and h are columns [M, 1]. EDGE: some are hidden by their place."""
+    """The keys lo..hi for queries q [M, BLOCK_D]; i and h are columns [M, 1]. EDGE: some are hidden by their place.
+
+    Keys that no query sees by their place are not read, nor, with GUARD, those that the mask hides from all of them.
+    """
     MASKED: tl.constexpr = EDGE or mods.mask is not None
-    for first in tl.range(lo, hi, BLOCK_N):
-        r = first + tl.arange(0, BLOCK_N)
+    for begin in tl.range(lo, hi, BLOCK_N):
+        r = begin + tl.arange(0, BLOCK_N)
         j = r[None, :]
-        inside = (i < L) & (j < S)
+        inside = i < L
         ok = None
         if EDGE:
-            ok = r < S
+            inside = inside & (j < S)
+            ok = reached(r, first, last, S, d, mods)
         kk = rows(k.p + base_k, r.to(tl.int64) * k.row, ok, D, BLOCK_D)
         x = tl.dot(q, tl.trans(kk), input_precision=PRECISION)
         x, _ = score(x, b, h, i, j, d, inside, scale, mods)
         if MASKED:
             see = shown(b, h, i, j, d, inside, mods)
             x = tl.where(see, x, -float("inf"))
-            ok = tl.max(see.to(tl.int32), 0) > 0  # a key that nobody sees is not read: it may be NaN
+            if GUARD:
+                ok = tl.max(see.to(tl.int32), 0) > 0
         vv = rows(v.p + base_v, r.to(tl.int64) * v.row, ok, DV, BLOCK_DV)
         keep = None
         if mods.seed is not None:
-            keep = kept(b, h, i, first, mods, BLOCK_N, False)
+            keep = kept(b, h, i, begin, mods, BLOCK_N, False)
         acc, m, l, p = softmax_block(acc, m, l, x, keep, mods)
         acc = tl.dot(p.to(vv.dtype), vv, acc, input_precision=PRECISION)
     return acc, m, l
@@ -74,25 +80,47 @@ def attend_all(
     BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The keys begin..end (multiples of BLOCK_N, or S) for queries first..last -> acc, running maximum and sum."""
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
     lo, full_lo, full_hi, hi = key_range(first, last, S, d, mods, BLOCK_N)
     lo, hi = tl.maximum(lo, begin), tl.minimum(hi, end)
     full_lo = tl.maximum(full_lo, lo)
     full_hi = tl.maximum(tl.minimum(full_hi, end), full_lo)
+    acc, m, l = attend_ranges(
+        q, k, v, base_k, base_v, b, h, i, first, last, L, S, d, lo, full_lo, full_hi, hi, scale, mods,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, False,
+    )  # fmt: skip
+    if mods.mask is not None:
+        # 0 times what a mask hides is NaN where that is NaN or infinite. Not to read what is hidden from all makes every
+        # block wait for its mask: done again, where needed, it costs the others nothing.
+        if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
+            acc, m, l = attend_ranges(
+                q, k, v, base_k, base_v, b, h, i, first, last, L, S, d, lo, full_lo, full_hi, hi, scale, mods,
+                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, True,
+            )  # fmt: skip
+    return acc, m, l
+
+
+@triton.jit
+def attend_ranges(
+    q, k, v, base_k, base_v, b, h, i, first, last, L, S, d, lo, full_lo, full_hi, hi, scale, mods,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr,
+):  # fmt: skip
+    """The keys lo..hi, of which full_lo..full_hi are hidden from no query by their place."""
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
     if mods.left is not None:
         acc, m, l = attend(
-            acc, m, l, q, k, v, base_k, base_v, b, h, i, L, S, d, lo, tl.minimum(full_lo, hi), scale, mods,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, True,
+            acc, m, l, q, k, v, base_k, base_v, b, h, i, first, last, L, S, d, lo, tl.minimum(full_lo, hi), scale,
+            mods, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, True, GUARD,
         )  # fmt: skip
     acc, m, l = attend(
-        acc, m, l, q, k, v, base_k, base_v, b, h, i, L, S, d, full_lo, full_hi, scale, mods,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, False,
+        acc, m, l, q, k, v, base_k, base_v, b, h, i, first, last, L, S, d, full_lo, full_hi, scale, mods,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, False, GUARD,
     )  # fmt: skip
     return attend(
-        acc, m, l, q, k, v, base_k, base_v, b, h, i, L, S, d, full_hi, hi, scale, mods,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, True,
+        acc, m, l, q, k, v, base_k, base_v, b, h, i, first, last, L, S, d, full_hi, hi, scale, mods,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, True, GUARD,
     )  # fmt: skip
 
 

@@ -18,13 +18,14 @@ from seqkern.kernels.mods import (
     key_range,
     plane_offsets,
     query_range,
+    reached,
     rows,
     score,
     sequence,
     shown,
     store_rows,
 )
-from seqkern.kernels.tuning_attention import BIAS_BLOCK, DELTA_ROWS, choose
+from seqkern.kernels.tuning_attention import DELTA_ROWS, choose
 
 
 @triton.jit
@@ -166,28 +167,32 @@ def keys_kernel(
 
 @triton.jit
 def queries_block(
-    dq, dslope, qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, L, S, d, lo, hi, dbias, scale, mods,
+    dq, dslope, qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, lo, hi, dbias, scale, mods,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, EDGE: tl.constexpr,
+    PRECISION: tl.constexpr, EDGE: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
-    """The keys lo..hi for a block of queries: dq, and each row's part of the slope's gradient."""
+    """The keys lo..hi for a block of queries: dq, and each row's part of the slope's gradient. GUARD as in `attend`."""
     MASKED: tl.constexpr = EDGE or mods.mask is not None
-    for first in tl.range(lo, hi, BLOCK_N):
-        r = first + tl.arange(0, BLOCK_N)
+    for begin in tl.range(lo, hi, BLOCK_N):
+        r = begin + tl.arange(0, BLOCK_N)
         r64 = r.to(tl.int64)
         j = r[None, :]
-        inside = (i < L) & (j < S)
+        inside = i < L
         ok = None
         see = None
+        if EDGE:
+            inside = inside & (j < S)
+            ok = reached(r, first, last, S, d, mods)
         if MASKED:
             see = shown(b, h, i, j, d, inside, mods)
-            ok = tl.max(see.to(tl.int32), 0) > 0
+            if GUARD:
+                ok = tl.max(see.to(tl.int32), 0) > 0
         kk = rows(k.p + base_k, r64 * k.row, ok, D, BLOCK_D)
         x = tl.dot(qq, tl.trans(kk), input_precision=PRECISION)
         vv = rows(v.p + base_v, r64 * v.row, ok, DV, BLOCK_DV)
         dw = tl.dot(gg, tl.trans(vv), input_precision=PRECISION)
         _, ds, cap_slope = grad_scores(
-            x, dw, lse_2, back, b, h, i, j, i, first, d, inside, see, scale, mods, BLOCK_N, False
+            x, dw, lse_2, back, b, h, i, j, i, begin, d, inside, see, scale, mods, BLOCK_N, False
         )
         if dbias is not None:
             p_dbias = dbias.p + plane_offsets(dbias, b, h, i, j)
@@ -196,6 +201,31 @@ def queries_block(
             dslope -= tl.sum(ds * tl.abs(j - i - d).to(tl.float32), 1)
         dq = tl.dot((ds * cap_slope).to(kk.dtype), kk, dq, input_precision=PRECISION)
     return dq, dslope
+
+
+@triton.jit
+def queries_ranges(
+    qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, dbias, scale, mods,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr,
+):  # fmt: skip
+    """All keys that queries first..last see: dq, and each row's part of the slope's gradient."""
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dslope = tl.zeros((BLOCK_M,), tl.float32)
+    lo, full_lo, full_hi, hi = key_range(first, last, S, d, mods, BLOCK_N)
+    if mods.left is not None:
+        dq, dslope = queries_block(
+            dq, dslope, qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, lo,
+            tl.minimum(full_lo, hi), dbias, scale, mods, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, True, GUARD,
+        )  # fmt: skip
+    dq, dslope = queries_block(
+        dq, dslope, qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, full_lo, full_hi,
+        dbias, scale, mods, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, False, GUARD,
+    )  # fmt: skip
+    return queries_block(
+        dq, dslope, qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, full_hi, hi,
+        dbias, scale, mods, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, True, GUARD,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -229,22 +259,17 @@ def queries_kernel(
         gg = rows(do.p + base_do, r64 * do.row, r < L, DV, BLOCK_DV)
         lse_2 = log2_denominator(lse, b, h, begin_q, r, L)[:, None]
         back = row_value(delta, b, h, begin_q, r, L, 0.0)[:, None]
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        dslope = tl.zeros((BLOCK_M,), tl.float32)
-        lo, full_lo, full_hi, hi = key_range(first, tl.minimum(first + BLOCK_M, L) - 1, S, d, mods, BLOCK_N)
-        if mods.left is not None:
-            acc, dslope = queries_block(
-                acc, dslope, qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, L, S, d, lo, tl.minimum(full_lo, hi),
-                dbias, scale, mods, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, True,
-            )  # fmt: skip
-        acc, dslope = queries_block(
-            acc, dslope, qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, L, S, d, full_lo, full_hi,
-            dbias, scale, mods, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, False,
+        last = tl.minimum(first + BLOCK_M, L) - 1
+        acc, dslope = queries_ranges(
+            qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, dbias, scale, mods,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, False,
         )  # fmt: skip
-        acc, dslope = queries_block(
-            acc, dslope, qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, L, S, d, full_hi, hi,
-            dbias, scale, mods, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, True,
-        )  # fmt: skip
+        if mods.mask is not None:
+            if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:  # as in `attend_all`
+                acc, dslope = queries_ranges(
+                    qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, dbias, scale, mods,
+                    D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, True,
+                )  # fmt: skip
         base_dq = b.to(tl.int64) * dq.batch + h.to(tl.int64) * dq.head + begin_q * dq.row
         store_rows(dq.p + base_dq, r64 * dq.row, r < L, acc * scale, D, BLOCK_D)
         if dslopes is not None:
@@ -402,6 +427,7 @@ def backward_launches(
         }
         launches.append(Launch(queries_kernel, programs, common | own, config.num_warps, config.num_stages))
     if need_bias and not full:
+        config = choose("bias", call.shape)
         over_l, over_s = (t.bias.shape[n] == 1 for n in (2, 3))
         # A gradient of few values is first summed by every head for itself, or few programs would do it all.
         joint = not (over_l or over_s)
@@ -415,13 +441,14 @@ def backward_launches(
             "shared": over,
             "OVER_L": over_l,
             "OVER_S": over_s,
-            "BLOCK_M": BIAS_BLOCK,
-            "BLOCK_N": BIAS_BLOCK,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
         }
-        tiles = (1 if over_l else triton.cdiv(call.L, BIAS_BLOCK)) * (
-            1 if over_s else triton.cdiv(call.S, BIAS_BLOCK)
+        tiles = (1 if over_l else triton.cdiv(call.L, config.block_m)) * (
+            1 if over_s else triton.cdiv(call.S, config.block_n)
         )
-        launches.append(Launch(bias_kernel, tiles * lead[0] * lead[1], common | own, 4, 1))
+        programs = tiles * lead[0] * lead[1]
+        launches.append(Launch(bias_kernel, programs, common | own, config.num_warps, config.num_stages))
     return launches, buffers
 
 

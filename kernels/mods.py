@@ -130,6 +130,17 @@ def score(x, b, h, i, j, d, inside, scale, mods):
 
 
 @triton.jit
+def reached(j, first, last, S, d, mods):
+    """Which keys [N] some of the queries first..last see, as far as sizes and window tell."""
+    ok = j < S
+    if mods.left is not None:
+        ok = ok & (j >= first + d - mods.left)
+    if mods.right is not None:
+        ok = ok & (j <= last + d + mods.right)
+    return ok
+
+
+@triton.jit
 def shown(b, h, i, j, d, inside, mods):
     """Which weights there are: inside the sizes, the window and the mask."""
     see = inside

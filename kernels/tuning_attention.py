@@ -34,7 +34,6 @@ DELTA_ROWS = (
     64  # rows of output and its gradient that a program reads: enough loads in flight, no tile to hold
 )
 WEIGHTS_BLOCK = 64  # queries and keys of a block of weights that a program writes
-BIAS_BLOCK = 32  # queries and keys of a block whose gradient a program holds over all batches and heads
 
 
 # The largest of the tried blocks that the compiler fits into registers without spilling: for causal calls and, in the
@@ -99,6 +98,15 @@ def queries_config(s: Shape) -> Config:
     return pick(QUERIES, FLOAT32["queries"], s)
 
 
+def bias_config(s: Shape) -> Config:
+    """Of the gradient of a bias: a program holds that of a block, which all batches and heads that share it pass."""
+    return (
+        Config(64, 64, 4, 1)
+        if s.bytes == 2 and s.size <= 128 and s.arch not in SMALL
+        else Config(32, 32, 4, 1)
+    )
+
+
 def is_decode(L: int, S: int, G: int) -> bool:
     """Whether the keys are split: queries times heads of a group fit a tile, and the keys make several splits."""
     return 1 <= L <= 16 and L * G <= 64 and S > 2 * SPLIT
@@ -140,6 +148,7 @@ KERNELS = {
     "keys": Kernel(keys_config, 2, 2),
     "queries": Kernel(queries_config, 2, 1),
     "decode": Kernel(decode_config, 1, 1),
+    "bias": Kernel(bias_config, 2, 0),
 }
 BLOCKS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)  # that are tried
 
