@@ -194,6 +194,8 @@ def run_torch(case: Case) -> dict[str, Tensor]:
     step = rnn_op.is_step(input, batch_sizes)
     if step:
         hx, cx = hx[None], cx if cx is None else cx[None]
+    # cuDNN takes dense states alone; seqkern takes any.
+    hx, cx = hx.contiguous(), cx if cx is None else cx.contiguous()
     state = hx if cx is None else (hx, cx)
     options = (flat, weights[2] is not None, 1, 0.0, True, weights[5] is not None)
     layer = getattr(torch._VF, case.cell)  # type: ignore[attr-defined]
