@@ -180,6 +180,23 @@ def softmax(x, m, l, scale):
 
 
 @gluon.jit
+def packed(w, dtype: gl.constexpr):
+    """Weights [M, N] as pairs of 16-bit numbers: int32 [M, N / 2]. As such they are carried around a loop in half the
+    registers."""
+    low, high = gl.split(gl.reshape(w, (w.shape[0], w.shape[1] // 2, 2)))
+    CODE: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(CODE, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def unpacked(x, dtype: gl.constexpr, layout: gl.constexpr):
+    low = (x & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
+    high = (x >> 16).to(gl.int16).to(dtype, bitcast=True)
+    w = gl.reshape(gl.join(low, high), (x.shape[0], 2 * x.shape[1]))
+    return gl.convert_layout(w, layout, assert_trivial=True)
+
+
+@gluon.jit
 def advance(
     acc, m, l, p, tile_q, tiles, ready, free, turn, step, limit, row, scale,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, GROUP: gl.constexpr,
@@ -191,13 +208,14 @@ def advance(
     free_k, free_v = free
     at, before = step % STAGES, (step - 1) % STAGES
     zeros = gl.zeros((64, BLOCK_N), gl.float32, scores_layout(BLOCK_N))
+    weights = unpacked(p, tiles_v.dtype, gl.DotOperandLayout(0, output_layout(D), 2))
     mbarrier.wait(ready_k.index(at), step // STAGES & 1)
     if ORDERED:
         mbarrier.wait(turn.index(GROUP), (step - 1) & 1)
     keys = tiles_k.index(at).reshape((BLOCK_N, D)).permute((1, 0))
     x = warpgroup_mma(tile_q, keys, zeros, use_acc=False, is_async=True)
     mbarrier.wait(ready_v.index(before), (step - 1) // STAGES & 1)
-    acc = warpgroup_mma(p, tiles_v.index(before).reshape((BLOCK_N, D)), acc, is_async=True)
+    acc = warpgroup_mma(weights, tiles_v.index(before).reshape((BLOCK_N, D)), acc, is_async=True)
     if ORDERED:
         gl.thread_barrier()
         mbarrier.arrive(turn.index(1 - GROUP), count=1)
@@ -208,13 +226,14 @@ def advance(
         j = row + gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores_layout(BLOCK_N)))
         x = gl.where(j[None, :] < limit[:, None], x, -float("inf"))
     w, m, l, fade = softmax(x, m, l, scale)
+    # A branch, which the assembler does not move the softmax behind: the products with values are under way.
+    mbarrier.wait(ready_v.index(before), (step - 1) // STAGES & 1)
     acc = warpgroup_mma_wait(0, deps=[acc])
     gl.thread_barrier()
     mbarrier.arrive(free_v.index(before), count=1)
     fade = gl.convert_layout(fade, gl.SliceLayout(1, output_layout(D)), assert_trivial=True)
     acc = acc * fade[:, None]
-    p = gl.convert_layout(w.to(p.dtype), p.type.layout)
-    return acc, m, l, p
+    return acc, m, l, packed(w, tiles_v.dtype)
 
 
 @gluon.constexpr_function
@@ -261,7 +280,7 @@ def consume(
     j = (n - 1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
     x = gl.where(j[None, :] < limit[:, None], x, -float("inf"))
     w, m, l, fade = softmax(x, m, l, scale)
-    p = gl.convert_layout(w.to(o.dtype), gl.DotOperandLayout(0, OUT, 2))
+    p = packed(w, o.dtype)
     edge = gl.maximum(n - full, 1)  # blocks of which some keys are hidden, the first one among them
     for step in range(1, edge):
         acc, m, l, p = advance(
@@ -275,7 +294,8 @@ def consume(
         )  # fmt: skip
     last = (n - 1) % STAGES
     mbarrier.wait(ready_v.index(last), (n - 1) // STAGES & 1)
-    acc = warpgroup_mma(p, tiles_v.index(last).reshape((BLOCK_N, D)), acc, is_async=True)
+    weights = unpacked(p, tiles_v.dtype, gl.DotOperandLayout(0, OUT, 2))
+    acc = warpgroup_mma(weights, tiles_v.index(last).reshape((BLOCK_N, D)), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     empty = l == 0.0
     l = gl.where(empty, 1.0, l)
