@@ -44,7 +44,11 @@ class Config(NamedTuple):
 CONFIGS = {
     64: [
         Config("warpgroups", 128, 128, 4, 2),
-        Config("turns", 128, 128, 4, 2),
+        Config("warpgroups", 128, 128, 4, 4),
+        Config("turns", 128, 128, 4, 4),
+        Config("warpgroups", 192, 128, 4, 2),
+        Config("warpgroups", 192, 128, 4, 4),
+        Config("turns", 192, 128, 4, 4),
         Config("tma", 128, 64, 8, 3),
         Config("tma", 128, 128, 8, 2),
         Config("tma", 128, 128, 8, 3),
@@ -54,7 +58,10 @@ CONFIGS = {
     ],
     128: [
         Config("warpgroups", 128, 128, 4, 2),
+        Config("warpgroups", 128, 128, 4, 3),
         Config("turns", 128, 128, 4, 2),
+        Config("turns", 128, 128, 4, 3),
+        Config("warpgroups", 128, 64, 4, 4),
         Config("tma", 128, 64, 8, 2),
         Config("tma", 128, 64, 8, 3),
         Config("tma", 128, 128, 8, 2),
@@ -144,13 +151,13 @@ def tma_kernel(
 
 @gluon.jit
 def produce(
-    q, k, v, tiles, ready, free, b, h, kv, first, n,
-    BLOCK_N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    q, k, v, tiles, ready, free, work, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """Loads the queries once, and n blocks of keys and values from the last to the first into rings of STAGES."""
     tiles_q, tiles_k, tiles_v = tiles
     ready_q, ready_k, ready_v = ready
     free_k, free_v = free
+    b, h, kv, first, n = work
     mbarrier.expect(ready_q, GROUPS * q.block_type.nbytes)
     for g in gl.static_range(GROUPS):
         tma.async_copy_global_to_shared(q, [b, h, first + 64 * g, 0], ready_q, tiles_q.index(g))
@@ -200,7 +207,7 @@ def unpacked(x, dtype: gl.constexpr, layout: gl.constexpr):
 def advance(
     acc, m, l, p, tile_q, tiles, ready, free, turn, step, limit, row, scale,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, GROUP: gl.constexpr,
-    EDGE: gl.constexpr,
+    GROUPS: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """Products of keys of block `step`, whose first is `row`, while the weights p of the block before meet its values."""
     tiles_k, tiles_v = tiles
@@ -218,7 +225,7 @@ def advance(
     acc = warpgroup_mma(weights, tiles_v.index(before).reshape((BLOCK_N, D)), acc, is_async=True)
     if ORDERED:
         gl.thread_barrier()
-        mbarrier.arrive(turn.index(1 - GROUP), count=1)
+        mbarrier.arrive(turn.index((GROUP + 1) % GROUPS), count=1)
     x = warpgroup_mma_wait(1, deps=[x])
     gl.thread_barrier()
     mbarrier.arrive(free_k.index(at), count=1)
@@ -248,16 +255,18 @@ def output_layout(D):
 
 @gluon.jit
 def consume(
-    o, lse, tiles, ready, free, turn, b, h, first, n, full, L, S, d, scale,
+    o, lse, tiles, ready, free, turn, work,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, ORDERED: gl.constexpr,
-    GROUP: gl.constexpr,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """64 queries from `first` on: the products of one block are under way while the softmax of another is computed."""
+    """64 queries: the products of one block are under way while the softmax of another is computed."""
     tiles_q, tiles_k, tiles_v = tiles
     ready_q, ready_k, ready_v = ready
     free_k, free_v = free
     LAYOUT: gl.constexpr = scores_layout(BLOCK_N)
     OUT: gl.constexpr = output_layout(D)
+    b, h, first, n, full, L, S, d, scale = work
+    first += 64 * GROUP
     r = first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     limit = gl.full((64,), S, gl.int32, gl.SliceLayout(1, LAYOUT))
     if CAUSAL:
@@ -267,7 +276,7 @@ def consume(
     m = gl.full((64,), -float("inf"), gl.float32, gl.SliceLayout(1, LAYOUT))
     l = gl.zeros((64,), gl.float32, gl.SliceLayout(1, LAYOUT))
     if ORDERED:
-        if GROUP == 1:  # the first turn is that of group 0
+        if GROUP == GROUPS - 1:  # the first turn is that of group 0
             mbarrier.arrive(turn.index(0), count=1)
     mbarrier.wait(ready_q, 0)
     mbarrier.wait(ready_k.index(0), 0)
@@ -285,12 +294,12 @@ def consume(
     for step in range(1, edge):
         acc, m, l, p = advance(
             acc, m, l, p, tile_q, (tiles_k, tiles_v), (ready_k, ready_v), free, turn, step, limit,
-            (n - 1 - step) * BLOCK_N, scale, BLOCK_N, D, STAGES, ORDERED, GROUP, True,
+            (n - 1 - step) * BLOCK_N, scale, BLOCK_N, D, STAGES, ORDERED, GROUP, GROUPS, True,
         )  # fmt: skip
     for step in range(edge, n):
         acc, m, l, p = advance(
             acc, m, l, p, tile_q, (tiles_k, tiles_v), (ready_k, ready_v), free, turn, step, limit,
-            (n - 1 - step) * BLOCK_N, scale, BLOCK_N, D, STAGES, ORDERED, GROUP, False,
+            (n - 1 - step) * BLOCK_N, scale, BLOCK_N, D, STAGES, ORDERED, GROUP, GROUPS, False,
         )  # fmt: skip
     last = (n - 1) % STAGES
     mbarrier.wait(ready_v.index(last), (n - 1) // STAGES & 1)
@@ -357,25 +366,37 @@ def warpgroups_kernel(
         mbarrier.init(ready_v.index(s), 1)
         mbarrier.init(free_k.index(s), GROUPS)
         mbarrier.init(free_v.index(s), GROUPS)
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    mbarrier.init(turn.index(0), 1)
-    mbarrier.init(turn.index(1), 1)
+    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BAR)
+    for g in gl.static_range(GROUPS):
+        mbarrier.init(turn.index(g), 1)
     fence_async_shared()
     tiles = (tiles_q, tiles_k, tiles_v)
     ready = (ready_q, ready_k, ready_v)
     free = (free_k, free_v)
-    gl.static_assert(GROUPS == 2)
-    gl.warp_specialize(
-        [
-            (consume, (o, lse, tiles, ready, free, turn, b, h, first, n, full, L, S, d, scale,
-                       BLOCK_N, D, STAGES, CAUSAL, ORDERED, 0)),
-            (consume, (o, lse, tiles, ready, free, turn, b, h, first + 64, n, full, L, S, d, scale,
-                       BLOCK_N, D, STAGES, CAUSAL, ORDERED, 1)),
-            (produce, (q, k, v, tiles, ready, free, b, h, h // G, first, n, BLOCK_N, GROUPS, STAGES)),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+    work = (b, h, first, n, full, L, S, d, scale)
+    loads = (b, h, h // G, first, n)
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (o, lse, tiles, ready, free, turn, work, BLOCK_N, D, STAGES, CAUSAL, ORDERED, GROUPS, 0)),
+                (consume, (o, lse, tiles, ready, free, turn, work, BLOCK_N, D, STAGES, CAUSAL, ORDERED, GROUPS, 1)),
+                (produce, (q, k, v, tiles, ready, free, loads, BLOCK_N, STAGES, GROUPS)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.static_assert(GROUPS == 3)
+        gl.warp_specialize(
+            [
+                (consume, (o, lse, tiles, ready, free, turn, work, BLOCK_N, D, STAGES, CAUSAL, ORDERED, GROUPS, 0)),
+                (consume, (o, lse, tiles, ready, free, turn, work, BLOCK_N, D, STAGES, CAUSAL, ORDERED, GROUPS, 1)),
+                (consume, (o, lse, tiles, ready, free, turn, work, BLOCK_N, D, STAGES, CAUSAL, ORDERED, GROUPS, 2)),
+                (produce, (q, k, v, tiles, ready, free, loads, BLOCK_N, STAGES, GROUPS)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
 
 
 def readable(x: Tensor) -> bool:
