@@ -3,6 +3,8 @@
 For plain calls: 16-bit, one head size of 64 or 128, dense, no option but causal; `fits` says which.
 """
 
+from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -28,27 +30,33 @@ SHARED_KEYS = 24 * 2**20  # bytes of keys and values that programs in flight rea
 
 
 class Config(NamedTuple):
-    variant: str  #: "tma", or "specialized": the compiler gives the loads a warp of their own
+    kernel: str  #: "tma", written in Triton, or "warpgroups", in Gluon
     block_m: int  #: queries of a block
     block_n: int  #: keys of a block
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None  #: most registers of a thread
+    turns: bool = False  #: whether one warpgroup multiplies while the others compute the softmax
+    resident: bool = False  #: whether there is one program for a multiprocessor, that computes several blocks of queries
 
     @property
     def name(self) -> str:
-        limit = f"-r{self.maxnreg}" if self.maxnreg else ""
-        return f"{self.variant}-{self.block_m}x{self.block_n}-w{self.num_warps}-s{self.num_stages}{limit}"
+        how = "-turns" * self.turns + "-resident" * self.resident
+        return f"{self.kernel}-{self.block_m}x{self.block_n}-w{self.num_warps}-s{self.num_stages}{how}"
+
+
+def modes(block_m: int, block_n: int, stages: int) -> list[Config]:
+    sides = product((False, True), (False, True))
+    return [Config("warpgroups", block_m, block_n, 4, stages, *mode) for mode in sides]
 
 
 CONFIGS = {
     64: [
-        Config("warpgroups", 128, 128, 4, 2),
-        Config("warpgroups", 128, 128, 4, 4),
-        Config("turns", 128, 128, 4, 4),
-        Config("warpgroups", 192, 128, 4, 2),
-        Config("warpgroups", 192, 128, 4, 4),
-        Config("turns", 192, 128, 4, 4),
+        *modes(128, 128, 2),
+        *modes(128, 128, 4),
+        *modes(192, 128, 2),
+        *modes(192, 128, 4),
+        *modes(128, 64, 4),
+        *modes(192, 64, 4),
         Config("tma", 128, 64, 8, 3),
         Config("tma", 128, 128, 8, 2),
         Config("tma", 128, 128, 8, 3),
@@ -57,11 +65,9 @@ CONFIGS = {
         Config("tma", 64, 128, 4, 3),
     ],
     128: [
-        Config("warpgroups", 128, 128, 4, 2),
-        Config("warpgroups", 128, 128, 4, 3),
-        Config("turns", 128, 128, 4, 2),
-        Config("turns", 128, 128, 4, 3),
-        Config("warpgroups", 128, 64, 4, 4),
+        *modes(128, 128, 2),
+        *modes(128, 64, 3),
+        *modes(128, 64, 4),
         Config("tma", 128, 64, 8, 2),
         Config("tma", 128, 64, 8, 3),
         Config("tma", 128, 128, 8, 2),
@@ -87,11 +93,11 @@ def place(at, blocks, heads, group):
 @triton.jit
 def attend(
     acc, m, l, q, k, v, b, h, i, S, d, lo, hi, scale,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, SPECIALIZED: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """The keys lo..hi for queries q [M, D] at rows i [M, 1]; m in units of q k^T. EDGE: some are hidden."""
     D: tl.constexpr = q.shape[1]
-    for first in tl.range(lo, hi, BLOCK_N, warp_specialize=SPECIALIZED):
+    for first in tl.range(lo, hi, BLOCK_N):
         kk = k.load([b, h, first, 0]).reshape(BLOCK_N, D)
         x = tl.dot(q, kk.T)
         if EDGE:
@@ -114,11 +120,10 @@ def attend(
 
 @triton.jit
 def tma_kernel(
-    q, k, v, o, lse, sizes, group, scale,
+    q, k, v, o, lse, work, scale,
     CAUSAL: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    B, Hq, G, L, S = sizes
+    B, Hq, G, L, S, group = work
     block, at = place(tl.program_id(0), tl.cdiv(L, BLOCK_M), B * Hq, group)
     b = at // Hq
     h = at % Hq
@@ -138,8 +143,8 @@ def tma_kernel(
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
-    acc, m, l = attend(acc, m, l, qq, k, v, b, h // G, i, S, d, 0, full, scale, BLOCK_N, CAUSAL, False, SPECIALIZED)
-    acc, m, l = attend(acc, m, l, qq, k, v, b, h // G, i, S, d, full, hi, scale, BLOCK_N, CAUSAL, True, False)
+    acc, m, l = attend(acc, m, l, qq, k, v, b, h // G, i, S, d, 0, full, scale, BLOCK_N, CAUSAL, False)
+    acc, m, l = attend(acc, m, l, qq, k, v, b, h // G, i, S, d, full, hi, scale, BLOCK_N, CAUSAL, True)
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
     acc = tl.where(empty[:, None], 0.0, acc / l[:, None])
@@ -149,31 +154,82 @@ def tma_kernel(
     tl.store(lse.p + base + r, total, mask=r < L)
 
 
+class Work(NamedTuple):
+    """What a program needs to find its blocks of queries and their keys."""
+
+    B: int
+    Hq: int
+    G: int
+    L: int
+    S: int
+    group: int  #: heads whose keys and values share the L2 cache
+
+
+@gluon.jit
+def rounds(work, BLOCK_M: gl.constexpr):
+    """Blocks of queries that this program computes: every round gives each program one, every other one in reverse."""
+    tiles = (work.L + BLOCK_M - 1) // BLOCK_M * work.B * work.Hq
+    p, P = gl.program_id(0), gl.num_programs(0)
+    whole = tiles // P
+    if whole % 2 == 1:
+        p = P - 1 - p
+    return whole + (p < tiles - whole * P).to(gl.int32)
+
+
+@gluon.jit
+def tile(i, work, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, BOTTOM_RIGHT: gl.constexpr):
+    """Of round i: batch, head, first query, diagonal, blocks of keys, and how many of these are seen by all queries."""
+    p, P = gl.program_id(0), gl.num_programs(0)
+    if i % 2 == 1:
+        p = P - 1 - p
+    blocks = (work.L + BLOCK_M - 1) // BLOCK_M
+    block, head = place(i * P + p, blocks, work.B * work.Hq, work.group)
+    first = block * BLOCK_M
+    d = 0
+    if BOTTOM_RIGHT:
+        d = work.S - work.L
+    hi = work.S
+    full = work.S // BLOCK_N
+    if CAUSAL:
+        hi = gl.minimum(hi, gl.maximum(gl.minimum(first + BLOCK_M, work.L) + d, 0))
+        full = gl.minimum(full, gl.maximum(first + d + 1, 0) // BLOCK_N)
+    n = gl.maximum((hi + BLOCK_N - 1) // BLOCK_N, 1)  # where no key is seen, one block is, wholly hidden
+    return head // work.Hq, head % work.Hq, first, d, n, full
+
+
+@gluon.jit
+def load_keys(x, b, h, row, tiles, ready, free, count, STAGES: gl.constexpr):
+    """Loads a block of keys or values, the one of number `count`, into its place of the ring."""
+    at = count % STAGES
+    mbarrier.wait(free.index(at), (count // STAGES & 1) ^ 1)
+    mbarrier.expect(ready.index(at), x.block_type.nbytes)
+    tma.async_copy_global_to_shared(x, [b, h, row, 0], ready.index(at), tiles.index(at))
+
+
 @gluon.jit
 def produce(
-    q, k, v, tiles, ready, free, work, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    q, k, v, tiles, ready, free, work, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """Loads the queries once, and n blocks of keys and values from the last to the first into rings of STAGES."""
-    tiles_q, tiles_k, tiles_v = tiles
+    """Loads queries, and their keys and values from the last block to the first; values one block later than keys."""
+    tiles_q, tiles_k, tiles_v, _ = tiles
     ready_q, ready_k, ready_v = ready
-    free_k, free_v = free
-    b, h, kv, first, n = work
-    mbarrier.expect(ready_q, GROUPS * q.block_type.nbytes)
-    for g in gl.static_range(GROUPS):
-        tma.async_copy_global_to_shared(q, [b, h, first + 64 * g, 0], ready_q, tiles_q.index(g))
-    for step in range(n + 1):
-        if step < n:
-            at = step % STAGES
-            mbarrier.wait(free_k.index(at), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(ready_k.index(at), k.block_type.nbytes)
-            row = (n - 1 - step) * BLOCK_N
-            tma.async_copy_global_to_shared(k, [b, kv, row, 0], ready_k.index(at), tiles_k.index(at))
-        if step > 0:  # values are read one block later than keys
-            at = (step - 1) % STAGES
-            mbarrier.wait(free_v.index(at), ((step - 1) // STAGES & 1) ^ 1)
-            mbarrier.expect(ready_v.index(at), v.block_type.nbytes)
-            row = (n - step) * BLOCK_N
-            tma.async_copy_global_to_shared(v, [b, kv, row, 0], ready_v.index(at), tiles_v.index(at))
+    free_q, free_k, free_v = free
+    GROUPS: gl.constexpr = BLOCK_M // 64
+    count = 0
+    for i in range(rounds(work, BLOCK_M)):
+        b, h, first, d, n, full = tile(i, work, BLOCK_M, BLOCK_N, CAUSAL, BOTTOM_RIGHT)
+        kv = h // work.G
+        load_keys(k, b, kv, (n - 1) * BLOCK_N, tiles_k, ready_k, free_k, count, STAGES)
+        mbarrier.wait(free_q, (i & 1) ^ 1)
+        mbarrier.expect(ready_q, GROUPS * q.block_type.nbytes)
+        for g in gl.static_range(GROUPS):
+            tma.async_copy_global_to_shared(q, [b, h, first + 64 * g, 0], ready_q, tiles_q.index(g))
+        for step in range(1, n):
+            load_keys(k, b, kv, (n - 1 - step) * BLOCK_N, tiles_k, ready_k, free_k, count + step, STAGES)
+            load_keys(v, b, kv, (n - step) * BLOCK_N, tiles_v, ready_v, free_v, count + step - 1, STAGES)
+        load_keys(v, b, kv, 0, tiles_v, ready_v, free_v, count + n - 1, STAGES)
+        count += n
 
 
 @gluon.jit
@@ -205,23 +261,25 @@ def unpacked(x, dtype: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def advance(
-    acc, m, l, p, tile_q, tiles, ready, free, turn, step, limit, row, scale,
+    acc, m, l, p, tile_q, tiles, ready, free, turn, count, passes, last, limit, row, scale,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, GROUP: gl.constexpr,
     GROUPS: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
-    """Products of keys of block `step`, whose first is `row`, while the weights p of the block before meet its values."""
-    tiles_k, tiles_v = tiles
-    ready_k, ready_v = ready
-    free_k, free_v = free
-    at, before = step % STAGES, (step - 1) % STAGES
+    """Products with the keys of block number `count`, whose first is `row`, while weights p of the block before meet
+    its values. `passes` counts the calls, `last` says that the queries are not needed again."""
+    _, tiles_k, tiles_v, _ = tiles
+    _, ready_k, ready_v = ready
+    free_q, free_k, free_v = free
+    at, before = count % STAGES, (count - 1) % STAGES
+    phase, phase_before = count // STAGES & 1, (count - 1) // STAGES & 1
     zeros = gl.zeros((64, BLOCK_N), gl.float32, scores_layout(BLOCK_N))
     weights = unpacked(p, tiles_v.dtype, gl.DotOperandLayout(0, output_layout(D), 2))
-    mbarrier.wait(ready_k.index(at), step // STAGES & 1)
+    mbarrier.wait(ready_k.index(at), phase)
     if ORDERED:
-        mbarrier.wait(turn.index(GROUP), (step - 1) & 1)
+        mbarrier.wait(turn.index(GROUP), passes & 1)
     keys = tiles_k.index(at).reshape((BLOCK_N, D)).permute((1, 0))
     x = warpgroup_mma(tile_q, keys, zeros, use_acc=False, is_async=True)
-    mbarrier.wait(ready_v.index(before), (step - 1) // STAGES & 1)
+    mbarrier.wait(ready_v.index(before), phase_before)
     acc = warpgroup_mma(weights, tiles_v.index(before).reshape((BLOCK_N, D)), acc, is_async=True)
     if ORDERED:
         gl.thread_barrier()
@@ -229,12 +287,13 @@ def advance(
     x = warpgroup_mma_wait(1, deps=[x])
     gl.thread_barrier()
     mbarrier.arrive(free_k.index(at), count=1)
+    mbarrier.arrive(free_q, count=1, pred=last)
     if EDGE:
         j = row + gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores_layout(BLOCK_N)))
         x = gl.where(j[None, :] < limit[:, None], x, -float("inf"))
     w, m, l, fade = softmax(x, m, l, scale)
     # A branch, which the assembler does not move the softmax behind: the products with values are under way.
-    mbarrier.wait(ready_v.index(before), (step - 1) // STAGES & 1)
+    mbarrier.wait(ready_v.index(before), phase_before)
     acc = warpgroup_mma_wait(0, deps=[acc])
     gl.thread_barrier()
     mbarrier.arrive(free_v.index(before), count=1)
@@ -255,132 +314,122 @@ def output_layout(D):
 
 @gluon.jit
 def consume(
-    o, lse, tiles, ready, free, turn, work,
-    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, ORDERED: gl.constexpr,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr,
+    o, lse, tiles, ready, free, turn, work, scale,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    BOTTOM_RIGHT: gl.constexpr, ORDERED: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """64 queries: the products of one block are under way while the softmax of another is computed."""
-    tiles_q, tiles_k, tiles_v = tiles
+    """64 queries of a block: the products of one block of keys are under way beside the softmax of another."""
+    tiles_q, tiles_k, tiles_v, tiles_o = tiles
     ready_q, ready_k, ready_v = ready
-    free_k, free_v = free
+    free_q, free_k, free_v = free
+    GROUPS: gl.constexpr = BLOCK_M // 64
     LAYOUT: gl.constexpr = scores_layout(BLOCK_N)
     OUT: gl.constexpr = output_layout(D)
-    b, h, first, n, full, L, S, d, scale = work
-    first += 64 * GROUP
-    r = first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-    limit = gl.full((64,), S, gl.int32, gl.SliceLayout(1, LAYOUT))
-    if CAUSAL:
-        limit = gl.minimum(limit, r + d + 1)
     tile_q = tiles_q.index(GROUP).reshape((64, D))
-    acc = gl.zeros((64, D), gl.float32, OUT)
-    m = gl.full((64,), -float("inf"), gl.float32, gl.SliceLayout(1, LAYOUT))
-    l = gl.zeros((64,), gl.float32, gl.SliceLayout(1, LAYOUT))
     if ORDERED:
         if GROUP == GROUPS - 1:  # the first turn is that of group 0
             mbarrier.arrive(turn.index(0), count=1)
-    mbarrier.wait(ready_q, 0)
-    mbarrier.wait(ready_k.index(0), 0)
-    zeros = gl.zeros((64, BLOCK_N), gl.float32, LAYOUT)
-    keys = tiles_k.index(0).reshape((BLOCK_N, D)).permute((1, 0))
-    x = warpgroup_mma(tile_q, keys, zeros, use_acc=False, is_async=True)
-    x = warpgroup_mma_wait(0, deps=[x])
-    gl.thread_barrier()
-    mbarrier.arrive(free_k.index(0), count=1)
-    j = (n - 1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-    x = gl.where(j[None, :] < limit[:, None], x, -float("inf"))
-    w, m, l, fade = softmax(x, m, l, scale)
-    p = packed(w, o.dtype)
-    edge = gl.maximum(n - full, 1)  # blocks of which some keys are hidden, the first one among them
-    for step in range(1, edge):
-        acc, m, l, p = advance(
-            acc, m, l, p, tile_q, (tiles_k, tiles_v), (ready_k, ready_v), free, turn, step, limit,
-            (n - 1 - step) * BLOCK_N, scale, BLOCK_N, D, STAGES, ORDERED, GROUP, GROUPS, True,
-        )  # fmt: skip
-    for step in range(edge, n):
-        acc, m, l, p = advance(
-            acc, m, l, p, tile_q, (tiles_k, tiles_v), (ready_k, ready_v), free, turn, step, limit,
-            (n - 1 - step) * BLOCK_N, scale, BLOCK_N, D, STAGES, ORDERED, GROUP, GROUPS, False,
-        )  # fmt: skip
-    last = (n - 1) % STAGES
-    mbarrier.wait(ready_v.index(last), (n - 1) // STAGES & 1)
-    weights = unpacked(p, tiles_v.dtype, gl.DotOperandLayout(0, OUT, 2))
-    acc = warpgroup_mma(weights, tiles_v.index(last).reshape((BLOCK_N, D)), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    empty = l == 0.0
-    l = gl.where(empty, 1.0, l)
-    total = gl.where(empty, -float("inf"), (m * scale + gl.log2(l)) * LN2)
-    gl.store(lse.p + b.to(gl.int64) * lse.batch + h.to(gl.int64) * lse.head + r, total, mask=r < L)
-    inverse = gl.convert_layout(gl.where(empty, 0.0, 1.0 / l), gl.SliceLayout(1, OUT), assert_trivial=True)
-    empty = gl.convert_layout(empty, gl.SliceLayout(1, OUT), assert_trivial=True)
-    acc = gl.where(empty[:, None], 0.0, acc * inverse[:, None])
-    gl.thread_barrier()
-    tile_q.store(acc.to(o.dtype))
-    fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(o, [b, h, first, 0], tiles_q.index(GROUP))
+    count = 0
+    for i in range(rounds(work, BLOCK_M)):
+        b, h, first, d, n, full = tile(i, work, BLOCK_M, BLOCK_N, CAUSAL, BOTTOM_RIGHT)
+        first += 64 * GROUP
+        r = first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+        limit = gl.full((64,), work.S, gl.int32, gl.SliceLayout(1, LAYOUT))
+        if CAUSAL:
+            limit = gl.minimum(limit, r + d + 1)
+        acc = gl.zeros((64, D), gl.float32, OUT)
+        m = gl.full((64,), -float("inf"), gl.float32, gl.SliceLayout(1, LAYOUT))
+        l = gl.zeros((64,), gl.float32, gl.SliceLayout(1, LAYOUT))
+        at = count % STAGES
+        mbarrier.wait(ready_q, i & 1)
+        mbarrier.wait(ready_k.index(at), count // STAGES & 1)
+        zeros = gl.zeros((64, BLOCK_N), gl.float32, LAYOUT)
+        keys = tiles_k.index(at).reshape((BLOCK_N, D)).permute((1, 0))
+        x = warpgroup_mma(tile_q, keys, zeros, use_acc=False, is_async=True)
+        x = warpgroup_mma_wait(0, deps=[x])
+        gl.thread_barrier()
+        mbarrier.arrive(free_k.index(at), count=1)
+        mbarrier.arrive(free_q, count=1, pred=n == 1)
+        j = (n - 1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
+        x = gl.where(j[None, :] < limit[:, None], x, -float("inf"))
+        w, m, l, fade = softmax(x, m, l, scale)
+        p = packed(w, o.dtype)
+        edge = gl.maximum(n - full, 1)  # blocks of which some keys are hidden, the first one among them
+        passes = count - i  # one less than blocks of keys, for each block of queries
+        for step in range(1, edge):
+            acc, m, l, p = advance(
+                acc, m, l, p, tile_q, tiles, ready, free, turn, count + step, passes + step - 1, step == n - 1,
+                limit, (n - 1 - step) * BLOCK_N, scale, BLOCK_N, D, STAGES, ORDERED, GROUP, GROUPS, True,
+            )  # fmt: skip
+        for step in range(edge, n):
+            acc, m, l, p = advance(
+                acc, m, l, p, tile_q, tiles, ready, free, turn, count + step, passes + step - 1, step == n - 1,
+                limit, (n - 1 - step) * BLOCK_N, scale, BLOCK_N, D, STAGES, ORDERED, GROUP, GROUPS, False,
+            )  # fmt: skip
+        count += n
+        at = (count - 1) % STAGES
+        mbarrier.wait(ready_v.index(at), (count - 1) // STAGES & 1)
+        weights = unpacked(p, o.dtype, gl.DotOperandLayout(0, OUT, 2))
+        acc = warpgroup_mma(weights, tiles_v.index(at).reshape((BLOCK_N, D)), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        gl.thread_barrier()
+        mbarrier.arrive(free_v.index(at), count=1)
+        empty = l == 0.0
+        l = gl.where(empty, 1.0, l)
+        total = gl.where(empty, -float("inf"), (m * scale + gl.log2(l)) * LN2)
+        gl.store(lse.p + b.to(gl.int64) * lse.batch + h.to(gl.int64) * lse.head + r, total, mask=r < work.L)
+        inverse = gl.convert_layout(1.0 / l, gl.SliceLayout(1, OUT), assert_trivial=True)
+        empty = gl.convert_layout(empty, gl.SliceLayout(1, OUT), assert_trivial=True)
+        acc = gl.where(empty[:, None], 0.0, acc * inverse[:, None])
+        tma.store_wait(0)  # the output of the last round has left
+        gl.thread_barrier()
+        tiles_o.index(GROUP).reshape((64, D)).store(acc.to(o.dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(o, [b, h, first, 0], tiles_o.index(GROUP))
     tma.store_wait(0)
 
 
 @gluon.jit
 def warpgroups_kernel(
-    q, k, v, o, lse, sizes, group, scale,
+    q, k, v, o, lse, work, scale,
     CAUSAL: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
-    """One warp loads, groups of four warps compute 64 queries each."""
-    B, Hq, G, L, S = sizes
+    """One warp loads; two or three groups of four warps compute 64 queries each, one after the other if ORDERED."""
     GROUPS: gl.constexpr = BLOCK_M // 64
-    blocks = (L + BLOCK_M - 1) // BLOCK_M
-    # as `place`
-    at = gl.program_id(0)
-    section = at // (blocks * group)
-    at -= section * (blocks * group)
-    size = gl.minimum(group, B * Hq - section * group)
-    first = (blocks - 1 - at // size) * BLOCK_M
-    head = section * group + at % size
-    b = head // Hq
-    h = head % Hq
-    d = 0
-    if BOTTOM_RIGHT:
-        d = S - L
-    hi = S
-    full = S // BLOCK_N
-    if CAUSAL:
-        hi = gl.minimum(S, gl.maximum(gl.minimum(first + BLOCK_M, L) + d, 0))
-        full = gl.minimum(full, gl.maximum(first + d + 1, 0) // BLOCK_N)
-    n = gl.maximum((hi + BLOCK_N - 1) // BLOCK_N, 1)  # where no key is seen, one block is, wholly hidden
-    scale = scale * LOG2E
-
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     tiles_q = gl.allocate_shared_memory(q.dtype, [GROUPS] + q.block_type.shape, q.layout)
     tiles_k = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_type.shape, k.layout)
     tiles_v = gl.allocate_shared_memory(v.dtype, [STAGES] + v.block_type.shape, v.layout)
+    tiles_o = gl.allocate_shared_memory(o.dtype, [GROUPS] + o.block_type.shape, o.layout)
     ready_q = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    free_q = gl.allocate_shared_memory(gl.int64, [1], BAR)
     ready_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     ready_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     free_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     free_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BAR)
     mbarrier.init(ready_q, 1)
+    mbarrier.init(free_q, GROUPS)
     for s in gl.static_range(STAGES):
         mbarrier.init(ready_k.index(s), 1)
         mbarrier.init(ready_v.index(s), 1)
         mbarrier.init(free_k.index(s), GROUPS)
         mbarrier.init(free_v.index(s), GROUPS)
-    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BAR)
     for g in gl.static_range(GROUPS):
         mbarrier.init(turn.index(g), 1)
     fence_async_shared()
-    tiles = (tiles_q, tiles_k, tiles_v)
+    scale = scale * LOG2E
+    tiles = (tiles_q, tiles_k, tiles_v, tiles_o)
     ready = (ready_q, ready_k, ready_v)
-    free = (free_k, free_v)
-    work = (b, h, first, n, full, L, S, d, scale)
-    loads = (b, h, h // G, first, n)
+    free = (free_q, free_k, free_v)
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (consume, (o, lse, tiles, ready, free, turn, work, BLOCK_N, D, STAGES, CAUSAL, ORDERED, GROUPS, 0)),
-                (consume, (o, lse, tiles, ready, free, turn, work, BLOCK_N, D, STAGES, CAUSAL, ORDERED, GROUPS, 1)),
-                (produce, (q, k, v, tiles, ready, free, loads, BLOCK_N, STAGES, GROUPS)),
+                (consume, (o, lse, tiles, ready, free, turn, work, scale, BLOCK_M, BLOCK_N, D, STAGES, CAUSAL, BOTTOM_RIGHT, ORDERED, 0)),
+                (consume, (o, lse, tiles, ready, free, turn, work, scale, BLOCK_M, BLOCK_N, D, STAGES, CAUSAL, BOTTOM_RIGHT, ORDERED, 1)),
+                (produce, (q, k, v, tiles, ready, free, work, BLOCK_M, BLOCK_N, STAGES, CAUSAL, BOTTOM_RIGHT)),
             ],
             [4, 1],
             [240, 24],
@@ -389,10 +438,10 @@ def warpgroups_kernel(
         gl.static_assert(GROUPS == 3)
         gl.warp_specialize(
             [
-                (consume, (o, lse, tiles, ready, free, turn, work, BLOCK_N, D, STAGES, CAUSAL, ORDERED, GROUPS, 0)),
-                (consume, (o, lse, tiles, ready, free, turn, work, BLOCK_N, D, STAGES, CAUSAL, ORDERED, GROUPS, 1)),
-                (consume, (o, lse, tiles, ready, free, turn, work, BLOCK_N, D, STAGES, CAUSAL, ORDERED, GROUPS, 2)),
-                (produce, (q, k, v, tiles, ready, free, loads, BLOCK_N, STAGES, GROUPS)),
+                (consume, (o, lse, tiles, ready, free, turn, work, scale, BLOCK_M, BLOCK_N, D, STAGES, CAUSAL, BOTTOM_RIGHT, ORDERED, 0)),
+                (consume, (o, lse, tiles, ready, free, turn, work, scale, BLOCK_M, BLOCK_N, D, STAGES, CAUSAL, BOTTOM_RIGHT, ORDERED, 1)),
+                (consume, (o, lse, tiles, ready, free, turn, work, scale, BLOCK_M, BLOCK_N, D, STAGES, CAUSAL, BOTTOM_RIGHT, ORDERED, 2)),
+                (produce, (q, k, v, tiles, ready, free, work, BLOCK_M, BLOCK_N, STAGES, CAUSAL, BOTTOM_RIGHT)),
             ],
             [4, 4, 1],
             [160, 160, 24],
@@ -428,6 +477,11 @@ def descriptor(x: Tensor, rows: int, block: int, laid_out: bool) -> TensorDescri
     return LaidOutDescriptor(x, shape, strides, tile, gl.NVMMASharedLayout(128, 16, rank=4))
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 def forward_launch(t, o, output: Tensor, lse: Tensor, config: Config) -> Launch:
     """What `forward` launches: t and o are the op's arguments, output and lse the memory for its results."""
     q, k, v = t.query, t.key, t.value
@@ -436,7 +490,7 @@ def forward_launch(t, o, output: Tensor, lse: Tensor, config: Config) -> Launch:
     # Keys that no query sees may be NaN: they are past the end of the descriptors.
     seen = min(L, S) if causal and not o.bottom_right else S
     together = max(1, SHARED_KEYS // (2 * S * D * q.element_size())) * (Hq // Hkv)
-    gluon_made = config.variant in ("warpgroups", "turns")
+    gluon_made = config.kernel == "warpgroups"
     rows = 64 if gluon_made else config.block_m
     arguments = dict(
         q=descriptor(q, L, rows, gluon_made),
@@ -444,8 +498,7 @@ def forward_launch(t, o, output: Tensor, lse: Tensor, config: Config) -> Launch:
         v=descriptor(v, seen, config.block_n, gluon_made),
         o=descriptor(output, L, rows, gluon_made),
         lse=RowValues(lse, lse.stride(0), lse.stride(1)),
-        sizes=(B, Hq, Hq // Hkv, L, S),
-        group=min(together, B * Hq),
+        work=Work(B, Hq, Hq // Hkv, L, S, min(together, B * Hq)),
         scale=o.scale,
         CAUSAL=causal,
         BOTTOM_RIGHT=o.bottom_right,
@@ -453,16 +506,13 @@ def forward_launch(t, o, output: Tensor, lse: Tensor, config: Config) -> Launch:
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
     )
-    kernel = tma_kernel
-    if gluon_made:
-        kernel = warpgroups_kernel
-        arguments |= dict(STAGES=config.num_stages, ORDERED=config.variant == "turns")
-    else:
-        arguments |= dict(SPECIALIZED=config.variant == "specialized")
-    if config.maxnreg:
-        arguments["maxnreg"] = config.maxnreg
     programs = triton.cdiv(L, config.block_m) * Hq * B
-    return Launch(kernel, programs, arguments, config.num_warps, config.num_stages)
+    if not gluon_made:
+        return Launch(tma_kernel, programs, arguments, config.num_warps, config.num_stages)
+    if config.resident:
+        programs = min(programs, multiprocessors(q.device))
+    arguments |= dict(STAGES=config.num_stages, ORDERED=config.turns)
+    return Launch(warpgroups_kernel, programs, arguments, config.num_warps, config.num_stages)
 
 
 def forward(t, o, output: Tensor, lse: Tensor, config: Config) -> None:
