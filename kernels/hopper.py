@@ -23,14 +23,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from seqkern.kernels.launch import Launch, RowValues, run
-from seqkern.kernels.mods import LN2, LOG2E
+from seqkern.kernels.launch import Launch, RowValues, operand, run
+from seqkern.kernels.mods import LN2, LOG2E, store_rows
 
 SHARED_KEYS = 24 * 2**20  # bytes of keys and values that programs in flight read: less than the L2 cache
 
 
 class Config(NamedTuple):
-    kernel: str  #: "tma", written in Triton, or "warpgroups", in Gluon
+    kernel: str  #: "tma"; "specialized", where the compiler gives loads a warp of their own; "warpgroups", in Gluon
     block_m: int  #: queries of a block
     block_n: int  #: keys of a block
     num_warps: int
@@ -57,6 +57,8 @@ CONFIGS = {
         *modes(192, 128, 4),
         *modes(128, 64, 4),
         *modes(192, 64, 4),
+        Config("specialized", 128, 64, 4, 3),
+        Config("specialized", 128, 128, 4, 2),
         Config("tma", 128, 64, 8, 3),
         Config("tma", 128, 128, 8, 2),
         Config("tma", 128, 128, 8, 3),
@@ -68,6 +70,8 @@ CONFIGS = {
         *modes(128, 128, 2),
         *modes(128, 64, 3),
         *modes(128, 64, 4),
+        Config("specialized", 128, 64, 4, 3),
+        Config("specialized", 128, 128, 4, 2),
         Config("tma", 128, 64, 8, 2),
         Config("tma", 128, 64, 8, 3),
         Config("tma", 128, 128, 8, 2),
@@ -93,11 +97,11 @@ def place(at, blocks, heads, group):
 @triton.jit
 def attend(
     acc, m, l, q, k, v, b, h, i, S, d, lo, hi, scale,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """The keys lo..hi for queries q [M, D] at rows i [M, 1]; m in units of q k^T. EDGE: some are hidden."""
     D: tl.constexpr = q.shape[1]
-    for first in tl.range(lo, hi, BLOCK_N):
+    for first in tl.range(lo, hi, BLOCK_N, warp_specialize=SPECIALIZED):
         kk = k.load([b, h, first, 0]).reshape(BLOCK_N, D)
         x = tl.dot(q, kk.T)
         if EDGE:
@@ -122,6 +126,7 @@ def attend(
 def tma_kernel(
     q, k, v, o, lse, work, scale,
     CAUSAL: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     B, Hq, G, L, S, group = work
     block, at = place(tl.program_id(0), tl.cdiv(L, BLOCK_M), B * Hq, group)
@@ -143,12 +148,19 @@ def tma_kernel(
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
-    acc, m, l = attend(acc, m, l, qq, k, v, b, h // G, i, S, d, 0, full, scale, BLOCK_N, CAUSAL, False)
-    acc, m, l = attend(acc, m, l, qq, k, v, b, h // G, i, S, d, full, hi, scale, BLOCK_N, CAUSAL, True)
+    if SPECIALIZED:  # one loop, for each has warps of its own
+        full = 0
+    else:
+        acc, m, l = attend(acc, m, l, qq, k, v, b, h // G, i, S, d, 0, full, scale, BLOCK_N, CAUSAL, False, False)
+    acc, m, l = attend(acc, m, l, qq, k, v, b, h // G, i, S, d, full, hi, scale, BLOCK_N, CAUSAL, True, SPECIALIZED)
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
     acc = tl.where(empty[:, None], 0.0, acc / l[:, None])
-    o.store([b, h, first, 0], acc.to(o.dtype).reshape(1, 1, BLOCK_M, D))
+    if SPECIALIZED:  # such a kernel cannot store by TMA
+        base_o = b.to(tl.int64) * o.batch + h.to(tl.int64) * o.head
+        store_rows(o.p + base_o, r.to(tl.int64) * o.row, r < L, acc, D, D)
+    else:
+        o.store([b, h, first, 0], acc.to(o.dtype).reshape(1, 1, BLOCK_M, D))
     total = tl.where(empty, -float("inf"), (m * scale + tl.log2(l)) * LN2)
     base = b.to(tl.int64) * lse.batch + h.to(tl.int64) * lse.head
     tl.store(lse.p + base + r, total, mask=r < L)
@@ -508,6 +520,9 @@ def forward_launch(t, o, output: Tensor, lse: Tensor, config: Config) -> Launch:
     )
     programs = triton.cdiv(L, config.block_m) * Hq * B
     if not gluon_made:
+        arguments["SPECIALIZED"] = config.kernel == "specialized"
+        if config.kernel == "specialized":
+            arguments["o"] = operand(output)
         return Launch(tma_kernel, programs, arguments, config.num_warps, config.num_stages)
     if config.resident:
         programs = min(programs, multiprocessors(q.device))
