@@ -245,13 +245,25 @@ def produce(
 
 
 @gluon.jit
+def partial_sums(p):
+    """[M, N] -> [M, 8], sums within each thread: in what a warpgroup multiplies, a thread has columns 8 apart."""
+    return gl.sum(gl.reshape(p, (p.shape[0], p.shape[1] // 8, 8)), 1)
+
+
+@gluon.jit
+def across(row, like):
+    """[M] -> [M, 1] in the layout of a matrix."""
+    return gl.convert_layout(row, gl.SliceLayout(1, like.type.layout), assert_trivial=True)[:, None]
+
+
+@gluon.jit
 def softmax(x, m, l, scale):
-    """A block of products x [M, N], -inf where hidden, joins the running softmax; m is in their units."""
+    """A block of products x [M, N], -inf where hidden, joins the running softmax; m is in their units, l partial."""
     top = gl.maximum(m, gl.max(x, 1))
     shift = gl.where(top == -float("inf"), 0.0, top * scale)
     p = gl.exp2(x * scale - shift[:, None])
     fade = gl.exp2(m * scale - shift)
-    return p, top, l * fade + gl.sum(p, 1), fade
+    return p, top, l * across(fade, l) + partial_sums(p), fade
 
 
 @gluon.jit
@@ -273,15 +285,15 @@ def unpacked(x, dtype: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def advance(
-    acc, m, l, p, tile_q, tiles, ready, free, turn, count, passes, last, limit, row, scale,
+    acc, m, l, p, tile_q, tiles, ready, free, turn, count, passes, limit, row, scale,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, GROUP: gl.constexpr,
     GROUPS: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
     """Products with the keys of block number `count`, whose first is `row`, while weights p of the block before meet
-    its values. `passes` counts the calls, `last` says that the queries are not needed again."""
+    its values. `passes` counts the calls."""
     _, tiles_k, tiles_v, _ = tiles
     _, ready_k, ready_v = ready
-    free_q, free_k, free_v = free
+    _, free_k, free_v = free
     at, before = count % STAGES, (count - 1) % STAGES
     phase, phase_before = count // STAGES & 1, (count - 1) // STAGES & 1
     zeros = gl.zeros((64, BLOCK_N), gl.float32, scores_layout(BLOCK_N))
@@ -299,7 +311,6 @@ def advance(
     x = warpgroup_mma_wait(1, deps=[x])
     gl.thread_barrier()
     mbarrier.arrive(free_k.index(at), count=1)
-    mbarrier.arrive(free_q, count=1, pred=last)
     if EDGE:
         j = row + gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores_layout(BLOCK_N)))
         x = gl.where(j[None, :] < limit[:, None], x, -float("inf"))
@@ -309,8 +320,7 @@ def advance(
     acc = warpgroup_mma_wait(0, deps=[acc])
     gl.thread_barrier()
     mbarrier.arrive(free_v.index(before), count=1)
-    fade = gl.convert_layout(fade, gl.SliceLayout(1, output_layout(D)), assert_trivial=True)
-    acc = acc * fade[:, None]
+    acc = acc * across(fade, acc)
     return acc, m, l, packed(w, tiles_v.dtype)
 
 
@@ -351,7 +361,7 @@ def consume(
             limit = gl.minimum(limit, r + d + 1)
         acc = gl.zeros((64, D), gl.float32, OUT)
         m = gl.full((64,), -float("inf"), gl.float32, gl.SliceLayout(1, LAYOUT))
-        l = gl.zeros((64,), gl.float32, gl.SliceLayout(1, LAYOUT))
+        l = partial_sums(gl.zeros((64, BLOCK_N), gl.float32, LAYOUT))
         at = count % STAGES
         mbarrier.wait(ready_q, i & 1)
         mbarrier.wait(ready_k.index(at), count // STAGES & 1)
@@ -361,7 +371,6 @@ def consume(
         x = warpgroup_mma_wait(0, deps=[x])
         gl.thread_barrier()
         mbarrier.arrive(free_k.index(at), count=1)
-        mbarrier.arrive(free_q, count=1, pred=n == 1)
         j = (n - 1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
         x = gl.where(j[None, :] < limit[:, None], x, -float("inf"))
         w, m, l, fade = softmax(x, m, l, scale)
@@ -370,14 +379,16 @@ def consume(
         passes = count - i  # one less than blocks of keys, for each block of queries
         for step in range(1, edge):
             acc, m, l, p = advance(
-                acc, m, l, p, tile_q, tiles, ready, free, turn, count + step, passes + step - 1, step == n - 1,
-                limit, (n - 1 - step) * BLOCK_N, scale, BLOCK_N, D, STAGES, ORDERED, GROUP, GROUPS, True,
+                acc, m, l, p, tile_q, tiles, ready, free, turn, count + step, passes + step - 1, limit,
+                (n - 1 - step) * BLOCK_N, scale, BLOCK_N, D, STAGES, ORDERED, GROUP, GROUPS, True,
             )  # fmt: skip
         for step in range(edge, n):
             acc, m, l, p = advance(
-                acc, m, l, p, tile_q, tiles, ready, free, turn, count + step, passes + step - 1, step == n - 1,
-                limit, (n - 1 - step) * BLOCK_N, scale, BLOCK_N, D, STAGES, ORDERED, GROUP, GROUPS, False,
+                acc, m, l, p, tile_q, tiles, ready, free, turn, count + step, passes + step - 1, limit,
+                (n - 1 - step) * BLOCK_N, scale, BLOCK_N, D, STAGES, ORDERED, GROUP, GROUPS, False,
             )  # fmt: skip
+        gl.thread_barrier()
+        mbarrier.arrive(free_q, count=1)
         count += n
         at = (count - 1) % STAGES
         mbarrier.wait(ready_v.index(at), (count - 1) // STAGES & 1)
@@ -386,13 +397,12 @@ def consume(
         acc = warpgroup_mma_wait(0, deps=[acc])
         gl.thread_barrier()
         mbarrier.arrive(free_v.index(at), count=1)
+        l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, LAYOUT), assert_trivial=True)
         empty = l == 0.0
         l = gl.where(empty, 1.0, l)
         total = gl.where(empty, -float("inf"), (m * scale + gl.log2(l)) * LN2)
         gl.store(lse.p + b.to(gl.int64) * lse.batch + h.to(gl.int64) * lse.head + r, total, mask=r < work.L)
-        inverse = gl.convert_layout(1.0 / l, gl.SliceLayout(1, OUT), assert_trivial=True)
-        empty = gl.convert_layout(empty, gl.SliceLayout(1, OUT), assert_trivial=True)
-        acc = gl.where(empty[:, None], 0.0, acc * inverse[:, None])
+        acc = gl.where(across(empty, acc), 0.0, acc * across(1.0 / l, acc))
         tma.store_wait(0)  # the output of the last round has left
         gl.thread_barrier()
         tiles_o.index(GROUP).reshape((64, D)).store(acc.to(o.dtype))
