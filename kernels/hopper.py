@@ -36,7 +36,9 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     turns: bool = False  #: whether one warpgroup multiplies while the others compute the softmax
-    resident: bool = False  #: whether there is one program for a multiprocessor, that computes several blocks of queries
+    resident: bool = (
+        False  #: whether a program stays on a multiprocessor and computes several blocks of queries
+    )
 
     @property
     def name(self) -> str:
@@ -125,17 +127,13 @@ def attend(
 @triton.jit
 def tma_kernel(
     q, k, v, o, lse, work, scale,
-    CAUSAL: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPECIALIZED: tl.constexpr,
+    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    B, Hq, G, L, S, group = work
+    B, Hq, G, L, S, d, group = work
     block, at = place(tl.program_id(0), tl.cdiv(L, BLOCK_M), B * Hq, group)
     b = at // Hq
     h = at % Hq
     first = block * BLOCK_M
-    d = 0
-    if BOTTOM_RIGHT:
-        d = S - L
     hi = S
     full = S // BLOCK_N * BLOCK_N
     if CAUSAL:
@@ -151,8 +149,12 @@ def tma_kernel(
     if SPECIALIZED:  # one loop, for each has warps of its own
         full = 0
     else:
-        acc, m, l = attend(acc, m, l, qq, k, v, b, h // G, i, S, d, 0, full, scale, BLOCK_N, CAUSAL, False, False)
-    acc, m, l = attend(acc, m, l, qq, k, v, b, h // G, i, S, d, full, hi, scale, BLOCK_N, CAUSAL, True, SPECIALIZED)
+        acc, m, l = attend(
+            acc, m, l, qq, k, v, b, h // G, i, S, d, 0, full, scale, BLOCK_N, CAUSAL, False, False
+        )
+    acc, m, l = attend(
+        acc, m, l, qq, k, v, b, h // G, i, S, d, full, hi, scale, BLOCK_N, CAUSAL, True, SPECIALIZED
+    )
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
     acc = tl.where(empty[:, None], 0.0, acc / l[:, None])
@@ -174,6 +176,7 @@ class Work(NamedTuple):
     G: int
     L: int
     S: int
+    d: int  #: the diagonal: the place of query i is key i + d
     group: int  #: heads whose keys and values share the L2 cache
 
 
@@ -189,24 +192,21 @@ def rounds(work, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def tile(i, work, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, BOTTOM_RIGHT: gl.constexpr):
-    """Of round i: batch, head, first query, diagonal, blocks of keys, and how many of these are seen by all queries."""
+def tile(i, work, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+    """Of round i: batch, head, first query, blocks of keys, and how many of these are seen by all queries."""
     p, P = gl.program_id(0), gl.num_programs(0)
     if i % 2 == 1:
         p = P - 1 - p
     blocks = (work.L + BLOCK_M - 1) // BLOCK_M
     block, head = place(i * P + p, blocks, work.B * work.Hq, work.group)
     first = block * BLOCK_M
-    d = 0
-    if BOTTOM_RIGHT:
-        d = work.S - work.L
     hi = work.S
     full = work.S // BLOCK_N
     if CAUSAL:
-        hi = gl.minimum(hi, gl.maximum(gl.minimum(first + BLOCK_M, work.L) + d, 0))
-        full = gl.minimum(full, gl.maximum(first + d + 1, 0) // BLOCK_N)
+        hi = gl.minimum(hi, gl.maximum(gl.minimum(first + BLOCK_M, work.L) + work.d, 0))
+        full = gl.minimum(full, gl.maximum(first + work.d + 1, 0) // BLOCK_N)
     n = gl.maximum((hi + BLOCK_N - 1) // BLOCK_N, 1)  # where no key is seen, one block is, wholly hidden
-    return head // work.Hq, head % work.Hq, first, d, n, full
+    return head // work.Hq, head % work.Hq, first, n, full
 
 
 @gluon.jit
@@ -221,7 +221,7 @@ def load_keys(x, b, h, row, tiles, ready, free, count, STAGES: gl.constexpr):
 @gluon.jit
 def produce(
     q, k, v, tiles, ready, free, work, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Loads queries, and their keys and values from the last block to the first; values one block later than keys."""
     tiles_q, tiles_k, tiles_v, _ = tiles
@@ -230,7 +230,7 @@ def produce(
     GROUPS: gl.constexpr = BLOCK_M // 64
     count = 0
     for i in range(rounds(work, BLOCK_M)):
-        b, h, first, d, n, full = tile(i, work, BLOCK_M, BLOCK_N, CAUSAL, BOTTOM_RIGHT)
+        b, h, first, n, _full = tile(i, work, BLOCK_M, BLOCK_N, CAUSAL)
         kv = h // work.G
         load_keys(k, b, kv, (n - 1) * BLOCK_N, tiles_k, ready_k, free_k, count, STAGES)
         mbarrier.wait(free_q, (i & 1) ^ 1)
@@ -271,7 +271,9 @@ def packed(w, dtype: gl.constexpr):
     """Weights [M, N] as pairs of 16-bit numbers: int32 [M, N / 2]. As such they are carried around a loop in half the
     registers."""
     low, high = gl.split(gl.reshape(w, (w.shape[0], w.shape[1] // 2, 2)))
-    CODE: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    CODE: gl.constexpr = (
+        "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    )
     return gl.inline_asm_elementwise(CODE, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
 
 
@@ -338,7 +340,7 @@ def output_layout(D):
 def consume(
     o, lse, tiles, ready, free, turn, work, scale,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    BOTTOM_RIGHT: gl.constexpr, ORDERED: gl.constexpr, GROUP: gl.constexpr,
+    ORDERED: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """64 queries of a block: the products of one block of keys are under way beside the softmax of another."""
     tiles_q, tiles_k, tiles_v, tiles_o = tiles
@@ -348,17 +350,16 @@ def consume(
     LAYOUT: gl.constexpr = scores_layout(BLOCK_N)
     OUT: gl.constexpr = output_layout(D)
     tile_q = tiles_q.index(GROUP).reshape((64, D))
-    if ORDERED:
-        if GROUP == GROUPS - 1:  # the first turn is that of group 0
-            mbarrier.arrive(turn.index(0), count=1)
+    if ORDERED and GROUP == GROUPS - 1:  # the first turn is that of group 0
+        mbarrier.arrive(turn.index(0), count=1)
     count = 0
     for i in range(rounds(work, BLOCK_M)):
-        b, h, first, d, n, full = tile(i, work, BLOCK_M, BLOCK_N, CAUSAL, BOTTOM_RIGHT)
+        b, h, first, n, full = tile(i, work, BLOCK_M, BLOCK_N, CAUSAL)
         first += 64 * GROUP
         r = first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
         limit = gl.full((64,), work.S, gl.int32, gl.SliceLayout(1, LAYOUT))
         if CAUSAL:
-            limit = gl.minimum(limit, r + d + 1)
+            limit = gl.minimum(limit, r + work.d + 1)
         acc = gl.zeros((64, D), gl.float32, OUT)
         m = gl.full((64,), -float("inf"), gl.float32, gl.SliceLayout(1, LAYOUT))
         l = partial_sums(gl.zeros((64, BLOCK_N), gl.float32, LAYOUT))
@@ -373,7 +374,7 @@ def consume(
         mbarrier.arrive(free_k.index(at), count=1)
         j = (n - 1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
         x = gl.where(j[None, :] < limit[:, None], x, -float("inf"))
-        w, m, l, fade = softmax(x, m, l, scale)
+        w, m, l, _fade = softmax(x, m, l, scale)
         p = packed(w, o.dtype)
         edge = gl.maximum(n - full, 1)  # blocks of which some keys are hidden, the first one among them
         passes = count - i  # one less than blocks of keys, for each block of queries
@@ -415,8 +416,8 @@ def consume(
 @gluon.jit
 def warpgroups_kernel(
     q, k, v, o, lse, work, scale,
-    CAUSAL: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, ORDERED: gl.constexpr,
+    CAUSAL: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    ORDERED: gl.constexpr,
 ):  # fmt: skip
     """One warp loads; two or three groups of four warps compute 64 queries each, one after the other if ORDERED."""
     GROUPS: gl.constexpr = BLOCK_M // 64
@@ -446,28 +447,33 @@ def warpgroups_kernel(
     tiles = (tiles_q, tiles_k, tiles_v, tiles_o)
     ready = (ready_q, ready_k, ready_v)
     free = (free_q, free_k, free_v)
+    # fmt: off
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (consume, (o, lse, tiles, ready, free, turn, work, scale, BLOCK_M, BLOCK_N, D, STAGES, CAUSAL, BOTTOM_RIGHT, ORDERED, 0)),
-                (consume, (o, lse, tiles, ready, free, turn, work, scale, BLOCK_M, BLOCK_N, D, STAGES, CAUSAL, BOTTOM_RIGHT, ORDERED, 1)),
-                (produce, (q, k, v, tiles, ready, free, work, BLOCK_M, BLOCK_N, STAGES, CAUSAL, BOTTOM_RIGHT)),
+                (consume, (o, lse, tiles, ready, free, turn, work, scale,
+                           BLOCK_M, BLOCK_N, D, STAGES, CAUSAL, ORDERED, 0)),
+                (consume, (o, lse, tiles, ready, free, turn, work, scale,
+                           BLOCK_M, BLOCK_N, D, STAGES, CAUSAL, ORDERED, 1)),
+                (produce, (q, k, v, tiles, ready, free, work, BLOCK_M, BLOCK_N, STAGES, CAUSAL)),
             ],
-            [4, 1],
-            [240, 24],
+            [4, 1], [240, 24],
         )
     else:
         gl.static_assert(GROUPS == 3)
         gl.warp_specialize(
             [
-                (consume, (o, lse, tiles, ready, free, turn, work, scale, BLOCK_M, BLOCK_N, D, STAGES, CAUSAL, BOTTOM_RIGHT, ORDERED, 0)),
-                (consume, (o, lse, tiles, ready, free, turn, work, scale, BLOCK_M, BLOCK_N, D, STAGES, CAUSAL, BOTTOM_RIGHT, ORDERED, 1)),
-                (consume, (o, lse, tiles, ready, free, turn, work, scale, BLOCK_M, BLOCK_N, D, STAGES, CAUSAL, BOTTOM_RIGHT, ORDERED, 2)),
-                (produce, (q, k, v, tiles, ready, free, work, BLOCK_M, BLOCK_N, STAGES, CAUSAL, BOTTOM_RIGHT)),
+                (consume, (o, lse, tiles, ready, free, turn, work, scale,
+                           BLOCK_M, BLOCK_N, D, STAGES, CAUSAL, ORDERED, 0)),
+                (consume, (o, lse, tiles, ready, free, turn, work, scale,
+                           BLOCK_M, BLOCK_N, D, STAGES, CAUSAL, ORDERED, 1)),
+                (consume, (o, lse, tiles, ready, free, turn, work, scale,
+                           BLOCK_M, BLOCK_N, D, STAGES, CAUSAL, ORDERED, 2)),
+                (produce, (q, k, v, tiles, ready, free, work, BLOCK_M, BLOCK_N, STAGES, CAUSAL)),
             ],
-            [4, 4, 1],
-            [160, 160, 24],
+            [4, 4, 1], [160, 160, 24],
         )
+    # fmt: on
 
 
 def readable(x: Tensor) -> bool:
@@ -514,20 +520,19 @@ def forward_launch(t, o, output: Tensor, lse: Tensor, config: Config) -> Launch:
     together = max(1, SHARED_KEYS // (2 * S * D * q.element_size())) * (Hq // Hkv)
     gluon_made = config.kernel == "warpgroups"
     rows = 64 if gluon_made else config.block_m
-    arguments = dict(
-        q=descriptor(q, L, rows, gluon_made),
-        k=descriptor(k, seen, config.block_n, gluon_made),
-        v=descriptor(v, seen, config.block_n, gluon_made),
-        o=descriptor(output, L, rows, gluon_made),
-        lse=RowValues(lse, lse.stride(0), lse.stride(1)),
-        work=Work(B, Hq, Hq // Hkv, L, S, min(together, B * Hq)),
-        scale=o.scale,
-        CAUSAL=causal,
-        BOTTOM_RIGHT=o.bottom_right,
-        D=D,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-    )
+    arguments = {
+        "q": descriptor(q, L, rows, gluon_made),
+        "k": descriptor(k, seen, config.block_n, gluon_made),
+        "v": descriptor(v, seen, config.block_n, gluon_made),
+        "o": descriptor(output, L, rows, gluon_made),
+        "lse": RowValues(lse, lse.stride(0), lse.stride(1)),
+        "work": Work(B, Hq, Hq // Hkv, L, S, S - L if o.bottom_right else 0, min(together, B * Hq)),
+        "scale": o.scale,
+        "CAUSAL": causal,
+        "D": D,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
     programs = triton.cdiv(L, config.block_m) * Hq * B
     if not gluon_made:
         arguments["SPECIALIZED"] = config.kernel == "specialized"
@@ -536,7 +541,7 @@ def forward_launch(t, o, output: Tensor, lse: Tensor, config: Config) -> Launch:
         return Launch(tma_kernel, programs, arguments, config.num_warps, config.num_stages)
     if config.resident:
         programs = min(programs, multiprocessors(q.device))
-    arguments |= dict(STAGES=config.num_stages, ORDERED=config.turns)
+    arguments |= {"STAGES": config.num_stages, "ORDERED": config.turns}
     return Launch(warpgroups_kernel, programs, arguments, config.num_warps, config.num_stages)
 
 
