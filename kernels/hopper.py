@@ -107,11 +107,10 @@ def attend(
         kk = k.load([b, h, first, 0]).reshape(BLOCK_N, D)
         x = tl.dot(q, kk.T)
         if EDGE:
-            j = first + tl.arange(0, BLOCK_N)[None, :]
-            see = j < S
+            seen = S - first
             if CAUSAL:
-                see = see & (j <= i + d)
-            x = tl.where(see, x, -float("inf"))
+                seen = tl.minimum(seen, i + (d + 1 - first))
+            x = tl.where(tl.arange(0, BLOCK_N)[None, :] < seen, x, -float("inf"))
         top = tl.maximum(m, tl.max(x, 1))
         shift = tl.where(top == -float("inf"), 0.0, top * scale)
         p = tl.exp2(x * scale - shift[:, None])
@@ -245,6 +244,13 @@ def produce(
 
 
 @gluon.jit
+def hide(x, seen):
+    """Only the first `seen` products of each row are left."""
+    j = gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
+    return gl.where(j[None, :] < seen[:, None], x, -float("inf"))
+
+
+@gluon.jit
 def partial_sums(p):
     """[M, N] -> [M, 8], sums within each thread: in what a warpgroup multiplies, a thread has columns 8 apart."""
     return gl.sum(gl.reshape(p, (p.shape[0], p.shape[1] // 8, 8)), 1)
@@ -314,8 +320,7 @@ def advance(
     gl.thread_barrier()
     mbarrier.arrive(free_k.index(at), count=1)
     if EDGE:
-        j = row + gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores_layout(BLOCK_N)))
-        x = gl.where(j[None, :] < limit[:, None], x, -float("inf"))
+        x = hide(x, limit - row)
     w, m, l, fade = softmax(x, m, l, scale)
     # A branch, which the assembler does not move the softmax behind: the products with values are under way.
     mbarrier.wait(ready_v.index(before), phase_before)
@@ -372,8 +377,7 @@ def consume(
         x = warpgroup_mma_wait(0, deps=[x])
         gl.thread_barrier()
         mbarrier.arrive(free_k.index(at), count=1)
-        j = (n - 1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-        x = gl.where(j[None, :] < limit[:, None], x, -float("inf"))
+        x = hide(x, limit - (n - 1) * BLOCK_N)
         w, m, l, _fade = softmax(x, m, l, scale)
         p = packed(w, o.dtype)
         edge = gl.maximum(n - full, 1)  # blocks of which some keys are hidden, the first one among them
