@@ -20,6 +20,8 @@ from seqkern.kernels.mods import LOG2E, rows, store_rows
 
 PAD = 128  # rows of a head in the buffers are a multiple of every block of queries
 ROWS = 64  # that a program of the small kernels reads
+SLACK = 2  # blocks by which a program of the fused kernel stays behind the one before, so that it seldom has to ask
+INTERPRETED = triton.knobs.runtime.interpret
 
 
 class Config(NamedTuple):
@@ -50,15 +52,19 @@ CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
         64: (Config(128, 64, 8, 2), Config(128, 128, 8, 2), Config(64, 64, 4, 2)),
         128: (Config(128, 64, 8, 2), Config(128, 128, 8, 2), Config(64, 64, 4, 2)),
     },
-    "fused": {},
+    "fused": {
+        64: (Config(64, 128, 8, 2), Config(64, 128, 8, 2, 32), Config(128, 128, 8, 2), Config(64, 64, 4, 2)),
+        128: (Config(64, 128, 8, 2), Config(64, 128, 8, 2, 32), Config(64, 128, 8, 3), Config(64, 64, 8, 2)),
+    },
 }
 
 
 @triton.jit
-def rows_kernel(o, do, lse, dlse, lse_2, delta, L, padded, heads, D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """For each row, padded to `padded` rows a head: lse in units of log 2, and what the softmax takes back.
+def rows_kernel(o, do, lse, dlse, values, L, padded, heads, D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """For each row, padded to `padded` rows a head: [2, ...] numbers, lse in units of log 2 and delta.
 
-    lse_2 is +inf, which makes every weight 0, for rows that see nothing and past the end.
+    delta is what the softmax takes back: rowsum(o g), less the gradient of lse. lse is +inf, which makes all weights 0,
+    for rows that see nothing and past the end.
     """
     blocks = padded // BLOCK_M
     at = tl.program_id(0)
@@ -75,9 +81,10 @@ def rows_kernel(o, do, lse, dlse, lse_2, delta, L, padded, heads, D: tl.constexp
         total -= tl.load(base + r64 * dlse.row, mask=ok, other=0.0).to(tl.float32)
     base = lse.p + b.to(tl.int64) * lse.batch + h.to(tl.int64) * lse.head
     y = tl.load(base + r64 * lse.row, mask=ok, other=-float("inf"))
-    at_out = (b.to(tl.int64) * heads + h) * padded + r
-    tl.store(lse_2 + at_out, tl.where(y == -float("inf"), float("inf"), y * LOG2E))
-    tl.store(delta + at_out, total)
+    each = tl.num_programs(0).to(tl.int64) * BLOCK_M
+    into = values + (b.to(tl.int64) * heads + h) * padded + r
+    tl.store(into, tl.where(y == -float("inf"), float("inf"), y * LOG2E))
+    tl.store(into + each, total)
 
 
 @triton.jit
@@ -91,9 +98,23 @@ def row(x, head, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def finish_products(n, GPU: tl.constexpr):
+    """Waits for all products in flight: those that were so at the loop's end made the assembler serialize them all."""
+    if GPU:
+        tl.inline_asm_elementwise(
+            "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;",
+            "=r,r",
+            [n],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def keys_tiles(
-    dk, dv, kk, vv, q, g, lse_2, delta, b, h, head, j, d, lo, hi, scale_2,
-    EDGE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    dk, dv, kk, vv, q, g, lse, delta, b, h, head, j, d, lo, hi, scale_2,
+    EDGE: tl.constexpr, GPU: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The queries lo..hi of one head for a block of keys. Tiles lie transposed: keys down, queries across."""
     for first in tl.range(lo, hi, BLOCK_M):
@@ -102,7 +123,7 @@ def keys_tiles(
         x = tl.dot(kk, tl.trans(qq))
         gg = tile(g, b, h, first, BLOCK_M, D)
         dw = tl.dot(vv, tl.trans(gg))
-        p = tl.exp2(x * scale_2 - row(lse_2, head, first, BLOCK_M)[None, :])
+        p = tl.exp2(x * scale_2 - row(lse, head, first, BLOCK_M)[None, :])
         if EDGE:
             p = tl.where(j <= r[None, :] + d, p, 0.0)
         dv = tl.dot(p.to(gg.dtype), gg, dv)
@@ -110,13 +131,14 @@ def keys_tiles(
         if EDGE:
             ds = tl.where(j <= r[None, :] + d, ds, 0.0)  # a hidden key may be NaN
         dk = tl.dot(ds.to(qq.dtype), qq, dk)
+        finish_products(first, GPU)
     return dk, dv
 
 
 @triton.jit
 def keys_kernel(
-    q, k, v, g, dk, dv, lse_2, delta, sizes, d, scale, scale_2,
-    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, g, dk, dv, lse, delta, sizes, d, scale, scale_2,
+    CAUSAL: tl.constexpr, GPU: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys, over all queries of all heads that read it."""
     L, S, Hq, G = sizes
@@ -139,17 +161,17 @@ def keys_kernel(
         head = b * Hq + h
         if CAUSAL:
             dkk, dvv = keys_tiles(
-                dkk, dvv, kk, vv, q, g, lse_2, delta, b, h, head, r[:, None], d, lo, full, scale_2,
-                True, D, BLOCK_M,
+                dkk, dvv, kk, vv, q, g, lse, delta, b, h, head, r[:, None], d, lo, full, scale_2,
+                True, GPU, D, BLOCK_M,
             )  # fmt: skip
             dkk, dvv = keys_tiles(
-                dkk, dvv, kk, vv, q, g, lse_2, delta, b, h, head, r[:, None], d, full, L, scale_2,
-                False, D, BLOCK_M,
+                dkk, dvv, kk, vv, q, g, lse, delta, b, h, head, r[:, None], d, full, L, scale_2,
+                False, GPU, D, BLOCK_M,
             )  # fmt: skip
         else:
             dkk, dvv = keys_tiles(
-                dkk, dvv, kk, vv, q, g, lse_2, delta, b, h, head, r[:, None], d, lo, L, scale_2,
-                False, D, BLOCK_M,
+                dkk, dvv, kk, vv, q, g, lse, delta, b, h, head, r[:, None], d, lo, L, scale_2,
+                False, GPU, D, BLOCK_M,
             )  # fmt: skip
     r64 = r.to(tl.int64)
     base_dk = b.to(tl.int64) * dk.batch + h_kv.to(tl.int64) * dk.head
@@ -160,7 +182,7 @@ def keys_kernel(
 
 @triton.jit
 def queries_tiles(
-    dq, qq, gg, lse_2, delta, k, v, b, h_kv, i, S, d, lo, hi, scale_2,
+    dq, qq, gg, lse, delta, k, v, b, h_kv, i, S, d, lo, hi, scale_2,
     EDGE: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The keys lo..hi for a block of queries."""
@@ -169,7 +191,7 @@ def queries_tiles(
         x = tl.dot(qq, tl.trans(kk))
         vv = tile(v, b, h_kv, first, BLOCK_N, D)
         dw = tl.dot(gg, tl.trans(vv))
-        ds = tl.exp2(x * scale_2 - lse_2) * (dw - delta)
+        ds = tl.exp2(x * scale_2 - lse) * (dw - delta)
         if EDGE:
             j = (first + tl.arange(0, BLOCK_N))[None, :]
             see = j < S
@@ -182,7 +204,7 @@ def queries_tiles(
 
 @triton.jit
 def queries_kernel(
-    q, k, v, g, dq, lse_2, delta, sizes, padded, d, scale, scale_2,
+    q, k, v, g, dq, lse, delta, sizes, padded, d, scale, scale_2,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of queries of one head."""
@@ -197,7 +219,7 @@ def queries_kernel(
     qq = tile(q, b, h, start, BLOCK_M, D)
     gg = tile(g, b, h, start, BLOCK_M, D)
     base = (b.to(tl.int64) * Hq + h) * padded
-    row_lse = tl.load(lse_2 + base + r)[:, None]
+    row_lse = tl.load(lse + base + r)[:, None]
     row_delta = tl.load(delta + base + r)[:, None]
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     hi = S
@@ -213,6 +235,171 @@ def queries_kernel(
     )
     base_dq = b.to(tl.int64) * dq.batch + h.to(tl.int64) * dq.head
     store_rows(dq.p + base_dq, r.to(tl.int64) * dq.row, r < L, acc * scale, D, D)
+
+
+@triton.jit
+def await_progress(p, seen, needed, least, GPU: tl.constexpr):
+    """Reads a counter until it is at least `least`, unless `seen`, what it was before, is `needed`: the new `seen`.
+
+    Every thread asks for itself. The interpreter runs the programs one after the other, so there it has nothing to do.
+    """
+    if GPU:
+        seen = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred %ready;
+            mov.b32 $0, $2;
+            setp.ge.s32 %ready, $0, $3;
+            @%ready bra over;
+            again:
+            ld.acquire.gpu.global.b32 $0, [$1];
+            setp.ge.s32 %ready, $0, $4;
+            @!%ready bra again;
+            over:
+            }
+            """,
+            "=&r,l,r,r,r",
+            [p, seen, needed, least],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    return seen
+
+
+@triton.jit
+def tell_progress(p, done, GPU: tl.constexpr):
+    """Writes a counter once all threads' additions before are seen by who reads it."""
+    if GPU:  # in assembly: a loop with a barrier that the compiler knows of is not pipelined
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred %first;
+            .reg .b32 %thread;
+            bar.sync 0;
+            mov.u32 %thread, %tid.x;
+            setp.eq.u32 %first, %thread, 0;
+            @%first st.release.gpu.global.b32 [$1], $2;
+            mov.b32 $0, 0;
+            }
+            """,
+            "=r,l,r",
+            [p, done],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def fused_tiles(
+    dk, dv, seen, kk, vv, q, g, lse, delta, sums, p_before, p_own, b, h, head, padded, j, d, top, lo, hi, done, total,
+    scale_2, EDGE: tl.constexpr, GPU: tl.constexpr, SLACK: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The blocks of queries lo..hi, counted down from block `top`, of one head for a block of keys.
+
+    A block is added to after the program of the keys before has done so; `done` of `total` have passed before. How far
+    it is, a program tells when the next scores are there: by then its additions have arrived.
+    """
+    for n in tl.range(lo, hi, disable_licm=True):
+        first = (top - n) * BLOCK_M
+        r = first + tl.arange(0, BLOCK_M)
+        qq = tile(q, b, h, first, BLOCK_M, D)
+        x = tl.dot(kk, tl.trans(qq))
+        gg = tile(g, b, h, first, BLOCK_M, D)
+        dw = tl.dot(vv, tl.trans(gg))
+        at = done + n
+        tell_progress(p_own, at, GPU)
+        p = tl.exp2(x * scale_2 - row(lse, head, first, BLOCK_M)[None, :])
+        if EDGE:
+            p = tl.where(j <= r[None, :] + d, p, 0.0)
+        dv = tl.dot(p.to(gg.dtype), gg, dv)
+        ds = p * (dw - row(delta, head, first, BLOCK_M)[None, :])
+        if EDGE:
+            ds = tl.where(j <= r[None, :] + d, ds, 0.0)
+        ds = ds.to(qq.dtype)
+        dk = tl.dot(ds, qq, dk)
+        part = tl.dot(tl.trans(kk), ds)
+        seen = await_progress(p_before, seen, at + 1, tl.minimum(at + 1 + SLACK, total), GPU)
+        into = sums + (head.to(tl.int64) * padded + first) * D
+        into += tl.arange(0, D)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        tl.atomic_add(into, part, sem="relaxed")
+    return dk, dv, seen
+
+
+@triton.jit
+def fused_kernel(
+    q, k, v, g, dk, dv, sums, progress, lse, delta, sizes, padded, d, scale, scale_2, heads,
+    CAUSAL: tl.constexpr, GPU: tl.constexpr, SLACK: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a block of keys; its part of dq is added to float32 `sums`, after those of all blocks before.
+
+    A program waits for the one before of its head alone, whose number is lower: the GPU values programs in order, so
+    what is waited for runs or has run. Blocks of queries pass from the last to the first: the last see all keys.
+    """
+    L, S, Hq, G = sizes
+    blocks = tl.cdiv(S, BLOCK_N)
+    Hkv = Hq // G
+    at = tl.program_id(0)
+    together = at // (heads * blocks) * heads
+    some = tl.minimum(heads, tl.num_programs(0) // blocks - together)
+    within = at - together * blocks
+    block = within // some
+    head_kv = together + within % some
+    h_kv = head_kv % Hkv
+    b = head_kv // Hkv
+    start = block * BLOCK_N
+    r = start + tl.arange(0, BLOCK_N)
+    kk = tile(k, b, h_kv, start, BLOCK_N, D)
+    vv = tile(v, b, h_kv, start, BLOCK_N, D)
+    dkk = tl.zeros((BLOCK_N, D), tl.float32)
+    dvv = tl.zeros((BLOCK_N, D), tl.float32)
+    p_own = progress + head_kv * blocks + block
+    p_before = tl.where(block > 0, p_own - 1, p_own)
+    seen = tl.where(block > 0, 0, 2**30)
+    top = tl.cdiv(L, BLOCK_M) - 1
+    count = top + 1  # blocks of queries of a head that see some of the keys, and those that see all of them
+    full = count
+    if CAUSAL:
+        count -= tl.minimum(tl.maximum(start - d, 0) // BLOCK_M, count)
+        full -= tl.minimum(tl.cdiv(tl.maximum(start + BLOCK_N - 1 - d, 0), BLOCK_M), full)
+    # A block of keys of another head begins where the last ended only if all blocks count the same.
+    for each in range(0, G):
+        h = h_kv * G + each
+        head = b * Hq + h
+        done = each * (top + 1)
+        dkk, dvv, seen = fused_tiles(
+            dkk, dvv, seen, kk, vv, q, g, lse, delta, sums, p_before, p_own, b, h, head, padded, r[:, None], d,
+            top, 0, full, done, done + count, scale_2, False, GPU, SLACK, D, BLOCK_M,
+        )  # fmt: skip
+        if CAUSAL:
+            dkk, dvv, seen = fused_tiles(
+                dkk, dvv, seen, kk, vv, q, g, lse, delta, sums, p_before, p_own, b, h, head, padded, r[:, None], d,
+                top, full, count, done, done + count, scale_2, True, GPU, SLACK, D, BLOCK_M,
+            )  # fmt: skip
+        tell_progress(p_own, done + top + 1, GPU)
+    r64 = r.to(tl.int64)
+    base_dk = b.to(tl.int64) * dk.batch + h_kv.to(tl.int64) * dk.head
+    base_dv = b.to(tl.int64) * dv.batch + h_kv.to(tl.int64) * dv.head
+    store_rows(dv.p + base_dv, r64 * dv.row, r < S, dvv, D, D)
+    store_rows(dk.p + base_dk, r64 * dk.row, r < S, dkk * scale, D, D)
+
+
+@triton.jit
+def scale_kernel(sums, dq, L, Hq, padded, scale, D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The float32 sums of the fused kernel, in which the tiles lie transposed, -> dq."""
+    blocks = padded // BLOCK_M
+    at = tl.program_id(0)
+    h = at // blocks % Hq
+    b = at // blocks // Hq
+    r = at % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    r64 = r.to(tl.int64)
+    x = tl.trans(
+        rows(sums + at.to(tl.int64) * D * BLOCK_M, tl.arange(0, D) * BLOCK_M, None, BLOCK_M, BLOCK_M)
+    )
+    base = b.to(tl.int64) * dq.batch + h.to(tl.int64) * dq.head
+    store_rows(dq.p + base, r64 * dq.row, r < L, x * scale, D, D)
 
 
 def described(x: torch.Tensor, block: int) -> TensorDescriptor:
@@ -237,7 +424,9 @@ def suits(t, o) -> bool:
     size = t.query.shape[-1]
     heads = size in (64, 128) and t.value.shape[-1] == size
     halves = t.query.dtype in (torch.float16, torch.bfloat16)
-    return plain and heads and halves and o.window_right <= 0 and all(readable(x) for x in t[:3])
+    return (
+        plain and heads and halves and o.window_right <= 0 and o.scale > 0 and all(readable(x) for x in t[:3])
+    )
 
 
 def backward_launches(
@@ -250,19 +439,21 @@ def backward_launches(
     g = torch.zeros_like(output) if grad_output is None else unit_last(grad_output)
     g = g if readable(g) else g.contiguous()
     padded = triton.cdiv(L, PAD) * PAD
-    lse_2, delta = torch.empty((2, B, Hq, padded), device=q.device, dtype=torch.float32)
+    values = torch.empty((2, B * Hq, padded), device=q.device, dtype=torch.float32)
     sizes = (L, S, Hq, Hq // k.shape[1])
     own = {
         "o": operand(unit_last(output)),
         "do": operand(g),
         "lse": RowValues(lse, lse.stride(0), lse.stride(1), lse.stride(2)),
         "dlse": gradient_of_rows(grad_lse),
-        "heads": Hq,
+        "values": values,
         "L": L,
+        "padded": padded,
+        "heads": Hq,
+        "D": D,
         "BLOCK_M": ROWS,
     }
-    buffers = {"lse_2": lse_2, "delta": delta, "padded": padded}
-    launches = [Launch(rows_kernel, padded // ROWS * Hq * B, own | buffers | {"D": D}, 4, 1)]
+    launches = [Launch(rows_kernel, padded // ROWS * Hq * B, own, 4, 1)]
     common = {
         "D": D,
         "sizes": sizes,
@@ -272,8 +463,9 @@ def backward_launches(
         "CAUSAL": o.window_right == 0,
     }
 
-    def row_blocks(x: torch.Tensor, c: Config) -> TensorDescriptor:
-        return TensorDescriptor(x, [B * Hq, padded], [padded, 1], [1, c.block_m])
+    def row_blocks(c: Config) -> dict:
+        blocks = (TensorDescriptor(x, [B * Hq, padded], [padded, 1], [1, c.block_m]) for x in values)
+        return dict(zip(("lse", "delta"), blocks))
 
     def made(kernel, c: Config, programs: int, **results) -> Launch:
         tiles = {"q": described(q, c.block_m), "g": described(g, c.block_m)}
@@ -284,9 +476,21 @@ def backward_launches(
     if needs[1] and config.keys is not None:
         programs = triton.cdiv(S, config.keys.block_n) * k.shape[1] * B
         results = {"dk": operand(dk), "dv": operand(dv)}
-        results |= {"lse_2": row_blocks(lse_2, config.keys), "delta": row_blocks(delta, config.keys)}
+        results |= row_blocks(config.keys) | {"GPU": not INTERPRETED}
         launches.append(made(keys_kernel, config.keys, programs, **results))
     if needs[0] and config.queries is not None:
         programs = triton.cdiv(L, config.queries.block_m) * Hq * B
-        launches.append(made(queries_kernel, config.queries, programs, dq=operand(dq), **buffers))
+        results = {"dq": operand(dq), "lse": values[0], "delta": values[1], "padded": padded}
+        launches.append(made(queries_kernel, config.queries, programs, **results))
+    if config.fused is not None:
+        programs = triton.cdiv(S, config.fused.block_n) * k.shape[1] * B
+        sums = torch.zeros((B, Hq, padded, D), device=q.device, dtype=torch.float32)
+        results = {"dk": operand(dk), "dv": operand(dv), "sums": sums, "padded": padded}
+        results |= row_blocks(config.fused)
+        results["progress"] = torch.zeros(programs, device=q.device, dtype=torch.int32)
+        results |= {"heads": config.fused.heads, "GPU": not INTERPRETED, "SLACK": SLACK}
+        launches.append(made(fused_kernel, config.fused, programs, **results))
+        own = {"sums": sums, "dq": operand(dq), "L": L, "Hq": Hq, "padded": padded, "scale": o.scale}
+        own |= {"D": D, "BLOCK_M": config.fused.block_m}
+        launches.append(Launch(scale_kernel, padded // config.fused.block_m * Hq * B, own, 8, 1))
     return launches
