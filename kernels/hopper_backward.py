@@ -21,6 +21,32 @@ from seqkern.kernels.mods import LOG2E, rows, store_rows
 PAD = 128  # rows of a head in the buffers are a multiple of every block of queries
 ROWS = 64  # that a program of the small kernels reads
 SLACK = 2  # blocks by which a program of the fused kernel stays behind the one before, so that it seldom has to ask
+# $0: a counter, read from $1 until it is at least $4, unless $2, what it was before, is at least $3.
+AWAIT = tl.constexpr("""
+{
+.reg .pred %ready;
+mov.b32 $0, $2;
+setp.ge.s32 %ready, $0, $3;
+@%ready bra over;
+again:
+ld.acquire.gpu.global.b32 $0, [$1];
+setp.ge.s32 %ready, $0, $4;
+@!%ready bra again;
+over:
+}
+""")
+# Writes $2 to $1 for who reads it with `AWAIT`, after what all threads wrote before.
+TELL = tl.constexpr("""
+{
+.reg .pred %first;
+.reg .b32 %thread;
+bar.sync 0;
+mov.u32 %thread, %tid.x;
+setp.eq.u32 %first, %thread, 0;
+@%first st.release.gpu.global.b32 [$1], $2;
+mov.b32 $0, 0;
+}
+""")
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -40,6 +66,7 @@ class Configs(NamedTuple):
     keys: Config | None
     queries: Config | None
     fused: Config | None = None
+    gluon: Config | None = None  #: the same, written in Gluon
 
 
 # Candidates, kernel -> head size -> configurations; all compile for sm_90 without spills.
@@ -55,6 +82,10 @@ CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
     "fused": {
         64: (Config(64, 128, 8, 2), Config(64, 128, 8, 2, 32), Config(128, 128, 8, 2), Config(64, 64, 4, 2)),
         128: (Config(64, 128, 8, 2), Config(64, 128, 8, 2, 32), Config(64, 128, 8, 3), Config(64, 64, 8, 2)),
+    },
+    "gluon": {
+        64: (Config(64, 128, 8, 2), Config(64, 64, 4, 2), Config(128, 128, 8, 2), Config(64, 256, 8, 2)),
+        128: (Config(64, 128, 8, 2), Config(64, 128, 8, 2, 32), Config(64, 64, 4, 2)),
     },
 }
 
@@ -245,19 +276,7 @@ def await_progress(p, seen, needed, least, GPU: tl.constexpr):
     """
     if GPU:
         seen = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .pred %ready;
-            mov.b32 $0, $2;
-            setp.ge.s32 %ready, $0, $3;
-            @%ready bra over;
-            again:
-            ld.acquire.gpu.global.b32 $0, [$1];
-            setp.ge.s32 %ready, $0, $4;
-            @!%ready bra again;
-            over:
-            }
-            """,
+            AWAIT,
             "=&r,l,r,r,r",
             [p, seen, needed, least],
             dtype=tl.int32,
@@ -272,17 +291,7 @@ def tell_progress(p, done, GPU: tl.constexpr):
     """Writes a counter once all threads' additions before are seen by who reads it."""
     if GPU:  # in assembly: a loop with a barrier that the compiler knows of is not pipelined
         tl.inline_asm_elementwise(
-            """
-            {
-            .reg .pred %first;
-            .reg .b32 %thread;
-            bar.sync 0;
-            mov.u32 %thread, %tid.x;
-            setp.eq.u32 %first, %thread, 0;
-            @%first st.release.gpu.global.b32 [$1], $2;
-            mov.b32 $0, 0;
-            }
-            """,
+            TELL,
             "=r,l,r",
             [p, done],
             dtype=tl.int32,
@@ -293,7 +302,7 @@ def tell_progress(p, done, GPU: tl.constexpr):
 
 @triton.jit
 def fused_tiles(
-    dk, dv, seen, kk, vv, q, g, lse, delta, sums, p_before, p_own, b, h, head, padded, j, d, top, lo, hi, done, total,
+    dk, dv, seen, kk, vv, q, g, lse, delta, sums, p_own, b, h, head, padded, j, d, top, lo, hi, done, total,
     scale_2, EDGE: tl.constexpr, GPU: tl.constexpr, SLACK: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The blocks of queries lo..hi, counted down from block `top`, of one head for a block of keys.
@@ -320,7 +329,7 @@ def fused_tiles(
         ds = ds.to(qq.dtype)
         dk = tl.dot(ds, qq, dk)
         part = tl.dot(tl.trans(kk), ds)
-        seen = await_progress(p_before, seen, at + 1, tl.minimum(at + 1 + SLACK, total), GPU)
+        seen = await_progress(p_own - 1, seen, at + 1, tl.minimum(at + 1 + SLACK, total), GPU)
         into = sums + (head.to(tl.int64) * padded + first) * D
         into += tl.arange(0, D)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         tl.atomic_add(into, part, sem="relaxed")
@@ -356,8 +365,7 @@ def fused_kernel(
     dkk = tl.zeros((BLOCK_N, D), tl.float32)
     dvv = tl.zeros((BLOCK_N, D), tl.float32)
     p_own = progress + head_kv * blocks + block
-    p_before = tl.where(block > 0, p_own - 1, p_own)
-    seen = tl.where(block > 0, 0, 2**30)
+    seen = tl.where(block > 0, 0, 2**30)  # the first never asks
     top = tl.cdiv(L, BLOCK_M) - 1
     count = top + 1  # blocks of queries of a head that see some of the keys, and those that see all of them
     full = count
@@ -370,12 +378,12 @@ def fused_kernel(
         head = b * Hq + h
         done = each * (top + 1)
         dkk, dvv, seen = fused_tiles(
-            dkk, dvv, seen, kk, vv, q, g, lse, delta, sums, p_before, p_own, b, h, head, padded, r[:, None], d,
+            dkk, dvv, seen, kk, vv, q, g, lse, delta, sums, p_own, b, h, head, padded, r[:, None], d,
             top, 0, full, done, done + count, scale_2, False, GPU, SLACK, D, BLOCK_M,
         )  # fmt: skip
         if CAUSAL:
             dkk, dvv, seen = fused_tiles(
-                dkk, dvv, seen, kk, vv, q, g, lse, delta, sums, p_before, p_own, b, h, head, padded, r[:, None], d,
+                dkk, dvv, seen, kk, vv, q, g, lse, delta, sums, p_own, b, h, head, padded, r[:, None], d,
                 top, full, count, done, done + count, scale_2, True, GPU, SLACK, D, BLOCK_M,
             )  # fmt: skip
         tell_progress(p_own, done + top + 1, GPU)
@@ -387,17 +395,24 @@ def fused_kernel(
 
 
 @triton.jit
-def scale_kernel(sums, dq, L, Hq, padded, scale, D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The float32 sums of the fused kernel, in which the tiles lie transposed, -> dq."""
+def scale_kernel(
+    sums, dq, L, Hq, padded, scale, D: tl.constexpr, BLOCK_M: tl.constexpr, SHUFFLED: tl.constexpr
+):
+    """The float32 sums of the fused kernel, in which the tiles lie transposed, -> dq.
+
+    SHUFFLED: a thread's four columns of sixteen are beside each other, as the kernel in Gluon adds them.
+    """
     blocks = padded // BLOCK_M
     at = tl.program_id(0)
     h = at // blocks % Hq
     b = at // blocks // Hq
     r = at % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     r64 = r.to(tl.int64)
-    x = tl.trans(
-        rows(sums + at.to(tl.int64) * D * BLOCK_M, tl.arange(0, D) * BLOCK_M, None, BLOCK_M, BLOCK_M)
-    )
+    c = tl.arange(0, BLOCK_M)
+    if SHUFFLED:
+        c = c // 16 * 16 + c % 8 // 2 * 4 + c // 8 % 2 * 2 + c % 2
+    tile_sums = sums + at.to(tl.int64) * D * BLOCK_M
+    x = tl.trans(tl.load(tile_sums + tl.arange(0, D)[:, None] * BLOCK_M + c[None, :]))
     base = b.to(tl.int64) * dq.batch + h.to(tl.int64) * dq.head
     store_rows(dq.p + base, r64 * dq.row, r < L, x * scale, D, D)
 
@@ -415,6 +430,22 @@ def readable(x: torch.Tensor) -> bool:
     far = [s for n, s in zip(x.shape[:-1], x.stride()) if n > 1]
     aligned = all(s > 0 and s * each % 16 == 0 for s in far) and x.data_ptr() % 16 == 0
     return x.numel() > 0 and x.stride(-1) == 1 and aligned
+
+
+def in_gluon(launch: Launch) -> Launch:
+    """The launch of the fused kernel, of that in Gluon."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Described
+
+    from seqkern.kernels.hopper_fused import fused_kernel as kernel
+
+    arguments = dict(launch.arguments)
+    for name, x in arguments.items():
+        if isinstance(x, TensorDescriptor):
+            wide = len(x.shape) == 4
+            layout = NVMMASharedLayout(128 if wide else 0, 16 if wide else 32, len(x.shape))
+            arguments[name] = Described(x.base, x.shape, x.strides, x.block_shape, layout)
+    return Launch(kernel, launch.programs, arguments | {"STAGES": launch.num_stages}, launch.num_warps, 1)
 
 
 def suits(t, o) -> bool:
@@ -482,15 +513,16 @@ def backward_launches(
         programs = triton.cdiv(L, config.queries.block_m) * Hq * B
         results = {"dq": operand(dq), "lse": values[0], "delta": values[1], "padded": padded}
         launches.append(made(queries_kernel, config.queries, programs, **results))
-    if config.fused is not None:
-        programs = triton.cdiv(S, config.fused.block_n) * k.shape[1] * B
+    fused = config.fused or config.gluon
+    if fused is not None:
+        programs = triton.cdiv(S, fused.block_n) * k.shape[1] * B
         sums = torch.zeros((B, Hq, padded, D), device=q.device, dtype=torch.float32)
         results = {"dk": operand(dk), "dv": operand(dv), "sums": sums, "padded": padded}
-        results |= row_blocks(config.fused)
         results["progress"] = torch.zeros(programs, device=q.device, dtype=torch.int32)
-        results |= {"heads": config.fused.heads, "GPU": not INTERPRETED, "SLACK": SLACK}
-        launches.append(made(fused_kernel, config.fused, programs, **results))
+        results |= row_blocks(fused) | {"heads": fused.heads, "GPU": not INTERPRETED, "SLACK": SLACK}
+        each = made(fused_kernel, fused, programs, **results)
+        launches.append(each if config.gluon is None else in_gluon(each))
         own = {"sums": sums, "dq": operand(dq), "L": L, "Hq": Hq, "padded": padded, "scale": o.scale}
-        own |= {"D": D, "BLOCK_M": config.fused.block_m}
-        launches.append(Launch(scale_kernel, padded // config.fused.block_m * Hq * B, own, 8, 1))
+        own |= {"D": D, "BLOCK_M": fused.block_m, "SHUFFLED": config.gluon is not None}
+        launches.append(Launch(scale_kernel, padded // fused.block_m * Hq * B, own, 8, 1))
     return launches
