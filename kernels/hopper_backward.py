@@ -47,6 +47,7 @@ setp.eq.u32 %first, %thread, 0;
 mov.b32 $0, 0;
 }
 """)
+AHEAD = False
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -439,13 +440,14 @@ def in_gluon(launch: Launch) -> Launch:
 
     from seqkern.kernels.hopper_fused import fused_kernel as kernel
 
+    own = {"STAGES": launch.num_stages, "SUMS": True, "AHEAD": AHEAD}
     arguments = dict(launch.arguments)
     for name, x in arguments.items():
         if isinstance(x, TensorDescriptor):
             wide = len(x.shape) == 4
             layout = NVMMASharedLayout(128 if wide else 0, 16 if wide else 32, len(x.shape))
             arguments[name] = Described(x.base, x.shape, x.strides, x.block_shape, layout)
-    return Launch(kernel, launch.programs, arguments | {"STAGES": launch.num_stages}, launch.num_warps, 1)
+    return Launch(kernel, launch.programs, arguments | own, launch.num_warps, 1)
 
 
 def suits(t, o) -> bool:

@@ -4,6 +4,7 @@ Triton waits for each product whose result the same iteration uses before it beg
 exponentials, dv beside ds, dk beside the additions to the sums of queries.
 """
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -77,7 +78,7 @@ def add(p_sums, part, D: gl.constexpr, M: gl.constexpr):
 def fused_kernel(
     q, k, v, g, dk, dv, sums, progress, lse, delta, sizes, padded, d, scale, scale_2, heads,
     CAUSAL: gl.constexpr, GPU: gl.constexpr, SLACK: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SUMS: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys and its part of dq: see the kernel of this name in `hopper_backward`."""
     L, S, Hq, G = sizes
@@ -158,53 +159,72 @@ def fused_kernel(
     seen = gl.where(block > 0, 0, 2**30)  # the first never asks
     stage = 0
     phase = 0
-    for each in range(0, G):
-        h = h_kv * G + each
-        for n in range(0, count):
-            first = (top - n) * BLOCK_M
-            qq = s_q.index(stage)
-            gg = s_g.index(stage)
+    each = 0
+    n = 0
+    if AHEAD:
+        mbarrier.wait(bars_q.index(0), 0, pred=count > 0)
+        x = warpgroup_mma(s_k, s_q.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    for t in tl.range(0, G * count, disable_licm=True):
+        first = (top - n) * BLOCK_M
+        head = b * Hq + h_kv * G + each
+        done = each * (top + 1) + n
+        qq = s_q.index(stage)
+        gg = s_g.index(stage)
+        if not AHEAD:
             mbarrier.wait(bars_q.index(stage), phase)
             x = warpgroup_mma(s_k, qq.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(bars_g.index(stage), phase)
-            dw = warpgroup_mma(s_v, gg.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            done = each * (top + 1) + n
+        mbarrier.wait(bars_g.index(stage), phase)
+        dw = warpgroup_mma(s_v, gg.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        if SUMS:
             tell(p_own, done)
-            x = warpgroup_mma_wait(1, deps=[x])
-            mbarrier.wait(bars_lse.index(stage), phase)
-            p = gl.exp2(x * scale_2 - s_lse.index(stage).load(gl.SliceLayout(0, TILE))[None, :])
-            if CAUSAL:  # noqa: SIM102 (a constant)
-                if n >= full:
-                    p = gl.where(j <= column + (first + d), p, 0.0)
-            w = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, OUT, 2))
-            dvv = warpgroup_mma(w, gg, dvv, is_async=True)
-            dw = warpgroup_mma_wait(1, deps=[dw])
-            mbarrier.wait(bars_delta.index(stage), phase)
-            ds = p * (dw - s_delta.index(stage).load(gl.SliceLayout(0, TILE))[None, :])
-            if CAUSAL:  # noqa: SIM102 (a constant)
-                if n >= full:
-                    ds = gl.where(j <= column + (first + d), ds, 0.0)
-            ds = ds.to(dtype)
+        scores = warpgroup_mma_wait(1, deps=[x])
+        mbarrier.wait(bars_lse.index(stage), phase)
+        p = gl.exp2(scores * scale_2 - s_lse.index(stage).load(gl.SliceLayout(0, TILE))[None, :])
+        if CAUSAL:  # noqa: SIM102 (a constant)
+            if n >= full:
+                p = gl.where(j <= column + (first + d), p, 0.0)
+        w = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, OUT, 2))
+        dvv = warpgroup_mma(w, gg, dvv, is_async=True)
+        dw = warpgroup_mma_wait(1, deps=[dw])
+        mbarrier.wait(bars_delta.index(stage), phase)
+        ds = p * (dw - s_delta.index(stage).load(gl.SliceLayout(0, TILE))[None, :])
+        if CAUSAL:  # noqa: SIM102 (a constant)
+            if n >= full:
+                ds = gl.where(j <= column + (first + d), ds, 0.0)
+        ds = ds.to(dtype)
+        if SUMS:
             s_ds.store(ds)
             fence_async_shared()
             part = warpgroup_mma(s_k.permute((1, 0)), s_ds, none, use_acc=False, is_async=True)
-            a = gl.convert_layout(ds, gl.DotOperandLayout(0, OUT, 2))
-            dkk = warpgroup_mma(a, qq, dkk, is_async=True)
-            part, dvv = warpgroup_mma_wait(1, deps=[part, dvv])
+        a = gl.convert_layout(ds, gl.DotOperandLayout(0, OUT, 2))
+        dkk = warpgroup_mma(a, qq, dkk, is_async=True)
+        read = stage
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+        if AHEAD:
+            mbarrier.wait(bars_q.index(stage), phase, pred=t + 1 < G * count)
+            x = warpgroup_mma(s_k, s_q.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        if SUMS:
+            part, dvv = warpgroup_mma_wait(1 + AHEAD, deps=[part, dvv])
             seen = ask(p_own - 1, seen, done + 1, gl.minimum(done + 1 + SLACK, each * (top + 1) + count))
-            add(sums + ((b * Hq + h).to(gl.int64) * padded + first) * D, part, D, BLOCK_M)
-            dkk = warpgroup_mma_wait(0, deps=[dkk])
-            at_next = (b, h_next, b * Hq + h_next, (top - n_next) * BLOCK_M)
-            fetch(passing, into, bars, at_next, stage, h_next < last)
-            n_next += 1
-            if n_next == count:
-                n_next = 0
-                h_next += 1
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
-        tell(p_own, (each + 1) * (top + 1))
+            add(sums + (head.to(gl.int64) * padded + first) * D, part, D, BLOCK_M)
+        dkk, dvv = warpgroup_mma_wait(0 + AHEAD, deps=[dkk, dvv])
+        at_next = (b, h_next, b * Hq + h_next, (top - n_next) * BLOCK_M)
+        fetch(passing, into, bars, at_next, read, h_next < last)
+        n_next += 1
+        if n_next == count:
+            n_next = 0
+            h_next += 1
+        n += 1
+        if n == count:
+            n = 0
+            each += 1
+    if AHEAD:
+        warpgroup_mma_wait(0, deps=[x])
+    if SUMS:
+        tell(p_own, G * (top + 1))
     mbarrier.invalidate(once)
     for i in gl.static_range(STAGES):
         for each in gl.static_range(4):
