@@ -47,7 +47,6 @@ setp.eq.u32 %first, %thread, 0;
 mov.b32 $0, 0;
 }
 """)
-AHEAD = False
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -57,8 +56,9 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     heads: int = (
-        8  #: of the fused kernel: key heads whose programs take turns, so that few of one head run at once
+        8  #: of the fused kernels: heads whose programs take turns, so that few of one head run at once
     )
+    ahead: bool = False  #: of that in Gluon: whether the next scores are begun before this block is done
 
 
 class Configs(NamedTuple):
@@ -70,7 +70,8 @@ class Configs(NamedTuple):
     gluon: Config | None = None  #: the same, written in Gluon
 
 
-# Candidates, kernel -> head size -> configurations; all compile for sm_90 without spills.
+# Candidates, kernel -> head size -> configurations. All compile for sm_90 without spills, but for those of heads of 128
+# that begin ahead: 16 to 24 bytes.
 CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
     "keys": {
         64: (Config(64, 128, 8, 2), Config(128, 128, 8, 2), Config(64, 64, 4, 2)),
@@ -85,8 +86,20 @@ CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
         128: (Config(64, 128, 8, 2), Config(64, 128, 8, 2, 32), Config(64, 128, 8, 3), Config(64, 64, 8, 2)),
     },
     "gluon": {
-        64: (Config(64, 128, 8, 2), Config(64, 64, 4, 2), Config(128, 128, 8, 2), Config(64, 256, 8, 2)),
-        128: (Config(64, 128, 8, 2), Config(64, 128, 8, 2, 32), Config(64, 64, 4, 2)),
+        64: (
+            Config(64, 128, 8, 2),
+            Config(64, 128, 8, 2, 8, True),
+            Config(64, 128, 8, 2, 32, True),
+            Config(64, 64, 4, 2),
+            Config(64, 64, 4, 2, 8, True),
+        ),
+        128: (
+            Config(64, 128, 8, 2),
+            Config(64, 128, 8, 2, 32),
+            Config(64, 128, 8, 2, 8, True),
+            Config(64, 128, 8, 2, 32, True),
+            Config(64, 64, 4, 2, 8, True),
+        ),
     },
 }
 
@@ -303,8 +316,9 @@ def tell_progress(p, done, GPU: tl.constexpr):
 
 @triton.jit
 def fused_tiles(
-    dk, dv, seen, kk, vv, q, g, lse, delta, sums, p_own, b, h, head, padded, j, d, top, lo, hi, done, total,
-    scale_2, EDGE: tl.constexpr, GPU: tl.constexpr, SLACK: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    dk, dv, seen, kk, vv, q, g, lse, delta, sums, p_own, b, h, head, padded, j, S, d, top, lo, hi, done, total,
+    scale_2, EDGE: tl.constexpr, CAUSAL: tl.constexpr, GPU: tl.constexpr, SLACK: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The blocks of queries lo..hi, counted down from block `top`, of one head for a block of keys.
 
@@ -322,11 +336,16 @@ def fused_tiles(
         tell_progress(p_own, at, GPU)
         p = tl.exp2(x * scale_2 - row(lse, head, first, BLOCK_M)[None, :])
         if EDGE:
-            p = tl.where(j <= r[None, :] + d, p, 0.0)
+            see = j < S
+            if CAUSAL:
+                see = see & (j <= r[None, :] + d)
+            p = tl.where(see, p, 0.0)
         dv = tl.dot(p.to(gg.dtype), gg, dv)
         ds = p * (dw - row(delta, head, first, BLOCK_M)[None, :])
         if EDGE:
-            ds = tl.where(j <= r[None, :] + d, ds, 0.0)
+            ds = tl.where(
+                see, ds, 0.0
+            )  # a hidden key may be NaN; weights of zeros past the end may be infinite
         ds = ds.to(qq.dtype)
         dk = tl.dot(ds, qq, dk)
         part = tl.dot(tl.trans(kk), ds)
@@ -373,20 +392,21 @@ def fused_kernel(
     if CAUSAL:
         count -= tl.minimum(tl.maximum(start - d, 0) // BLOCK_M, count)
         full -= tl.minimum(tl.cdiv(tl.maximum(start + BLOCK_N - 1 - d, 0), BLOCK_M), full)
+    if start + BLOCK_N > S:
+        full = 0
     # A block of keys of another head begins where the last ended only if all blocks count the same.
     for each in range(0, G):
         h = h_kv * G + each
         head = b * Hq + h
         done = each * (top + 1)
         dkk, dvv, seen = fused_tiles(
-            dkk, dvv, seen, kk, vv, q, g, lse, delta, sums, p_own, b, h, head, padded, r[:, None], d,
-            top, 0, full, done, done + count, scale_2, False, GPU, SLACK, D, BLOCK_M,
+            dkk, dvv, seen, kk, vv, q, g, lse, delta, sums, p_own, b, h, head, padded, r[:, None], S, d,
+            top, 0, full, done, done + count, scale_2, False, CAUSAL, GPU, SLACK, D, BLOCK_M,
         )  # fmt: skip
-        if CAUSAL:
-            dkk, dvv, seen = fused_tiles(
-                dkk, dvv, seen, kk, vv, q, g, lse, delta, sums, p_own, b, h, head, padded, r[:, None], d,
-                top, full, count, done, done + count, scale_2, True, GPU, SLACK, D, BLOCK_M,
-            )  # fmt: skip
+        dkk, dvv, seen = fused_tiles(
+            dkk, dvv, seen, kk, vv, q, g, lse, delta, sums, p_own, b, h, head, padded, r[:, None], S, d,
+            top, full, count, done, done + count, scale_2, True, CAUSAL, GPU, SLACK, D, BLOCK_M,
+        )  # fmt: skip
         tell_progress(p_own, done + top + 1, GPU)
     r64 = r.to(tl.int64)
     base_dk = b.to(tl.int64) * dk.batch + h_kv.to(tl.int64) * dk.head
@@ -433,14 +453,14 @@ def readable(x: torch.Tensor) -> bool:
     return x.numel() > 0 and x.stride(-1) == 1 and aligned
 
 
-def in_gluon(launch: Launch) -> Launch:
+def in_gluon(launch: Launch, ahead: bool) -> Launch:
     """The launch of the fused kernel, of that in Gluon."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Described
 
     from seqkern.kernels.hopper_fused import fused_kernel as kernel
 
-    own = {"STAGES": launch.num_stages, "SUMS": True, "AHEAD": AHEAD}
+    own = {"STAGES": launch.num_stages, "SUMS": True, "AHEAD": ahead}
     arguments = dict(launch.arguments)
     for name, x in arguments.items():
         if isinstance(x, TensorDescriptor):
@@ -523,7 +543,7 @@ def backward_launches(
         results["progress"] = torch.zeros(programs, device=q.device, dtype=torch.int32)
         results |= row_blocks(fused) | {"heads": fused.heads, "GPU": not INTERPRETED, "SLACK": SLACK}
         each = made(fused_kernel, fused, programs, **results)
-        launches.append(each if config.gluon is None else in_gluon(each))
+        launches.append(each if config.gluon is None else in_gluon(each, fused.ahead))
         own = {"sums": sums, "dq": operand(dq), "L": L, "Hq": Hq, "padded": padded, "scale": o.scale}
         own |= {"D": D, "BLOCK_M": fused.block_m, "SHUFFLED": config.gluon is not None}
         launches.append(Launch(scale_kernel, padded // fused.block_m * Hq * B, own, 8, 1))

@@ -75,6 +75,15 @@ def add(p_sums, part, D: gl.constexpr, M: gl.constexpr):
 
 
 @gluon.jit
+def last_key(column, first, S, CAUSAL: gl.constexpr):
+    """The first key that queries do not see."""
+    if CAUSAL:
+        return gl.minimum(column + (first + 1), S)
+    else:
+        return S
+
+
+@gluon.jit
 def fused_kernel(
     q, k, v, g, dk, dv, sums, progress, lse, delta, sizes, padded, d, scale, scale_2, heads,
     CAUSAL: gl.constexpr, GPU: gl.constexpr, SLACK: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
@@ -132,6 +141,9 @@ def fused_kernel(
     if CAUSAL:
         count -= gl.minimum(gl.maximum(start - d, 0) // BLOCK_M, count)
         full -= gl.minimum(gl.cdiv(gl.maximum(start + BLOCK_N - 1 - d, 0), BLOCK_M), full)
+    if start + BLOCK_N > S:
+        full = 0  # weights of keys past the end, zeros, may be infinite
+    gl.static_assert(STAGES > 1)
 
     mbarrier.expect(once, k.block_type.nbytes + v.block_type.nbytes)
     tma.async_copy_global_to_shared(k, [b, h_kv, start, 0], once, s_k)
@@ -163,7 +175,7 @@ def fused_kernel(
     n = 0
     if AHEAD:
         mbarrier.wait(bars_q.index(0), 0, pred=count > 0)
-        x = warpgroup_mma(s_k, s_q.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        scores = warpgroup_mma(s_k, s_q.index(0).permute((1, 0)), nothing, use_acc=False)
     for t in tl.range(0, G * count, disable_licm=True):
         first = (top - n) * BLOCK_M
         head = b * Hq + h_kv * G + each
@@ -177,20 +189,19 @@ def fused_kernel(
         dw = warpgroup_mma(s_v, gg.permute((1, 0)), nothing, use_acc=False, is_async=True)
         if SUMS:
             tell(p_own, done)
-        scores = warpgroup_mma_wait(1, deps=[x])
+        if not AHEAD:
+            scores = warpgroup_mma_wait(1, deps=[x])
         mbarrier.wait(bars_lse.index(stage), phase)
         p = gl.exp2(scores * scale_2 - s_lse.index(stage).load(gl.SliceLayout(0, TILE))[None, :])
-        if CAUSAL:  # noqa: SIM102 (a constant)
-            if n >= full:
-                p = gl.where(j <= column + (first + d), p, 0.0)
+        if n >= full:
+            p = gl.where(j < last_key(column, first + d, S, CAUSAL), p, 0.0)
         w = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, OUT, 2))
         dvv = warpgroup_mma(w, gg, dvv, is_async=True)
         dw = warpgroup_mma_wait(1, deps=[dw])
         mbarrier.wait(bars_delta.index(stage), phase)
         ds = p * (dw - s_delta.index(stage).load(gl.SliceLayout(0, TILE))[None, :])
-        if CAUSAL:  # noqa: SIM102 (a constant)
-            if n >= full:
-                ds = gl.where(j <= column + (first + d), ds, 0.0)
+        if n >= full:
+            ds = gl.where(j < last_key(column, first + d, S, CAUSAL), ds, 0.0)
         ds = ds.to(dtype)
         if SUMS:
             s_ds.store(ds)
@@ -210,7 +221,10 @@ def fused_kernel(
             part, dvv = warpgroup_mma_wait(1 + AHEAD, deps=[part, dvv])
             seen = ask(p_own - 1, seen, done + 1, gl.minimum(done + 1 + SLACK, each * (top + 1) + count))
             add(sums + (head.to(gl.int64) * padded + first) * D, part, D, BLOCK_M)
-        dkk, dvv = warpgroup_mma_wait(0 + AHEAD, deps=[dkk, dvv])
+        if AHEAD:
+            dkk, dvv, scores = warpgroup_mma_wait(0, deps=[dkk, dvv, x])
+        else:
+            dkk, dvv = warpgroup_mma_wait(0, deps=[dkk, dvv])
         at_next = (b, h_next, b * Hq + h_next, (top - n_next) * BLOCK_M)
         fetch(passing, into, bars, at_next, read, h_next < last)
         n_next += 1
@@ -221,8 +235,6 @@ def fused_kernel(
         if n == count:
             n = 0
             each += 1
-    if AHEAD:
-        warpgroup_mma_wait(0, deps=[x])
     if SUMS:
         tell(p_own, G * (top + 1))
     mbarrier.invalidate(once)
