@@ -98,7 +98,7 @@ CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
             Config(64, 128, 8, 2, 32),
             Config(64, 128, 8, 2, 8, True),
             Config(64, 128, 8, 2, 32, True),
-            Config(64, 64, 4, 2, 8, True),
+            Config(64, 64, 4, 2),
         ),
     },
 }

@@ -79,8 +79,7 @@ def last_key(column, first, S, CAUSAL: gl.constexpr):
     """The first key that queries do not see."""
     if CAUSAL:
         return gl.minimum(column + (first + 1), S)
-    else:
-        return S
+    return S
 
 
 @gluon.jit
