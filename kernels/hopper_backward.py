@@ -55,10 +55,9 @@ class Config(NamedTuple):
     block_n: int  #: keys of a block
     num_warps: int
     num_stages: int
-    heads: int = (
-        8  #: of the fused kernels: heads whose programs take turns, so that few of one head run at once
-    )
-    ahead: bool = False  #: of that in Gluon: whether the next scores are begun before this block is done
+    gluon: bool = False  #: whether the kernel is that of `hopper_fused`
+    ahead: bool = False  #: in Gluon: whether the next scores are begun before this block is done
+    heads: int = 8  #: fused: heads whose programs take turns, so that few programs of one head run at once
 
 
 class Configs(NamedTuple):
@@ -67,38 +66,59 @@ class Configs(NamedTuple):
     keys: Config | None
     queries: Config | None
     fused: Config | None = None
-    gluon: Config | None = None  #: the same, written in Gluon
 
 
 # Candidates, kernel -> head size -> configurations. All compile for sm_90 without spills, but for those of heads of 128
 # that begin ahead: 16 to 24 bytes.
 CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
     "keys": {
-        64: (Config(64, 128, 8, 2), Config(128, 128, 8, 2), Config(64, 64, 4, 2)),
-        128: (Config(64, 128, 8, 2), Config(64, 64, 4, 2)),
-    },
-    "queries": {
-        64: (Config(128, 64, 8, 2), Config(128, 128, 8, 2), Config(64, 64, 4, 2)),
-        128: (Config(128, 64, 8, 2), Config(128, 128, 8, 2), Config(64, 64, 4, 2)),
-    },
-    "fused": {
-        64: (Config(64, 128, 8, 2), Config(64, 128, 8, 2, 32), Config(128, 128, 8, 2), Config(64, 64, 4, 2)),
-        128: (Config(64, 128, 8, 2), Config(64, 128, 8, 2, 32), Config(64, 128, 8, 3), Config(64, 64, 8, 2)),
-    },
-    "gluon": {
         64: (
             Config(64, 128, 8, 2),
-            Config(64, 128, 8, 2, 8, True),
-            Config(64, 128, 8, 2, 32, True),
+            Config(128, 128, 8, 2),
             Config(64, 64, 4, 2),
-            Config(64, 64, 4, 2, 8, True),
+            Config(64, 128, 8, 2, True),
+            Config(64, 128, 8, 2, True, True),
+            Config(64, 64, 4, 2, True, True),
         ),
         128: (
             Config(64, 128, 8, 2),
-            Config(64, 128, 8, 2, 32),
-            Config(64, 128, 8, 2, 8, True),
-            Config(64, 128, 8, 2, 32, True),
             Config(64, 64, 4, 2),
+            Config(64, 128, 8, 2, True),
+            Config(64, 128, 8, 2, True, True),
+        ),
+    },
+    "queries": {
+        64: (
+            Config(128, 64, 8, 2),
+            Config(128, 128, 8, 2),
+            Config(64, 64, 4, 2),
+            Config(128, 64, 8, 4, True),
+            Config(64, 64, 4, 4, True),
+        ),
+        128: (
+            Config(128, 64, 8, 2),
+            Config(128, 128, 8, 2),
+            Config(64, 64, 4, 2),
+            Config(128, 64, 8, 4, True),
+            Config(128, 64, 8, 3, True),
+        ),
+    },
+    "fused": {
+        64: (
+            Config(64, 128, 8, 2),
+            Config(128, 128, 8, 2),
+            Config(64, 128, 8, 2, True),
+            Config(64, 128, 8, 2, True, True),
+            Config(64, 128, 8, 2, True, True, 32),
+            Config(64, 64, 4, 2, True),
+            Config(64, 64, 4, 2, True, True),
+        ),
+        128: (
+            Config(64, 128, 8, 2),
+            Config(64, 128, 8, 2, True),
+            Config(64, 128, 8, 2, True, False, 32),
+            Config(64, 128, 8, 2, True, True),
+            Config(64, 128, 8, 2, True, True, 32),
         ),
     },
 }
@@ -453,21 +473,26 @@ def readable(x: torch.Tensor) -> bool:
     return x.numel() > 0 and x.stride(-1) == 1 and aligned
 
 
-def in_gluon(launch: Launch, ahead: bool) -> Launch:
-    """The launch of the fused kernel, of that in Gluon."""
+def in_gluon(launch: Launch, config: Config) -> Launch:
+    """The launch of one of the kernels above, of that in Gluon."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Described
 
-    from seqkern.kernels.hopper_fused import fused_kernel as kernel
+    from seqkern.kernels import hopper_fused
 
-    own = {"STAGES": launch.num_stages, "SUMS": True, "AHEAD": ahead}
-    arguments = dict(launch.arguments)
+    arguments = launch.arguments | {"STAGES": config.num_stages}
+    kernel = hopper_fused.queries_kernel
+    if launch.kernel is not queries_kernel:
+        kernel = hopper_fused.fused_kernel
+        sums = launch.kernel is fused_kernel
+        absent = {"sums": None, "progress": None, "heads": config.heads, "SLACK": 0, "padded": 0}
+        arguments = absent | arguments | {"SUMS": sums, "AHEAD": config.ahead}
     for name, x in arguments.items():
         if isinstance(x, TensorDescriptor):
             wide = len(x.shape) == 4
             layout = NVMMASharedLayout(128 if wide else 0, 16 if wide else 32, len(x.shape))
             arguments[name] = Described(x.base, x.shape, x.strides, x.block_shape, layout)
-    return Launch(kernel, launch.programs, arguments | own, launch.num_warps, 1)
+    return Launch(kernel, launch.programs, arguments, config.num_warps, 1)
 
 
 def suits(t, o) -> bool:
@@ -530,12 +555,14 @@ def backward_launches(
         programs = triton.cdiv(S, config.keys.block_n) * k.shape[1] * B
         results = {"dk": operand(dk), "dv": operand(dv)}
         results |= row_blocks(config.keys) | {"GPU": not INTERPRETED}
-        launches.append(made(keys_kernel, config.keys, programs, **results))
+        each = made(keys_kernel, config.keys, programs, **results)
+        launches.append(in_gluon(each, config.keys) if config.keys.gluon else each)
     if needs[0] and config.queries is not None:
         programs = triton.cdiv(L, config.queries.block_m) * Hq * B
         results = {"dq": operand(dq), "lse": values[0], "delta": values[1], "padded": padded}
-        launches.append(made(queries_kernel, config.queries, programs, **results))
-    fused = config.fused or config.gluon
+        each = made(queries_kernel, config.queries, programs, **results)
+        launches.append(in_gluon(each, config.queries) if config.queries.gluon else each)
+    fused = config.fused
     if fused is not None:
         programs = triton.cdiv(S, fused.block_n) * k.shape[1] * B
         sums = torch.zeros((B, Hq, padded, D), device=q.device, dtype=torch.float32)
@@ -543,8 +570,8 @@ def backward_launches(
         results["progress"] = torch.zeros(programs, device=q.device, dtype=torch.int32)
         results |= row_blocks(fused) | {"heads": fused.heads, "GPU": not INTERPRETED, "SLACK": SLACK}
         each = made(fused_kernel, fused, programs, **results)
-        launches.append(each if config.gluon is None else in_gluon(each, fused.ahead))
+        launches.append(in_gluon(each, fused) if fused.gluon else each)
         own = {"sums": sums, "dq": operand(dq), "L": L, "Hq": Hq, "padded": padded, "scale": o.scale}
-        own |= {"D": D, "BLOCK_M": fused.block_m, "SHUFFLED": config.gluon is not None}
+        own |= {"D": D, "BLOCK_M": fused.block_m, "SHUFFLED": fused.gluon}
         launches.append(Launch(scale_kernel, padded // fused.block_m * Hq * B, own, 8, 1))
     return launches

@@ -1,4 +1,4 @@
-"""The fused backward kernel of `hopper_backward` in Gluon: which products are in flight at each point is said here.
+"""The kernels of `hopper_backward` in Gluon: which products are in flight at each point is said here.
 
 Triton waits for each product whose result the same iteration uses before it begins the next. Here dw runs beside the
 exponentials, dv beside ds, dk beside the additions to the sums of queries.
@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -32,7 +33,11 @@ def tell(p, done):
 
 @gluon.jit
 def fetch(x, to, bars, at, stage, ok):
-    """Begins to read a block of queries into a stage: all barriers first, or each read waits for all threads."""
+    """Begins to read blocks into a stage that no thread uses any more.
+
+    All barriers first, or each read would wait for all threads.
+    """
+    gl.thread_barrier()
     for i in gl.static_range(len(x)):
         mbarrier.expect(bars[i].index(stage), x[i].block_type.nbytes, pred=ok)
     b, h, head, first = at
@@ -79,7 +84,8 @@ def last_key(column, first, S, CAUSAL: gl.constexpr):
     """The first key that queries do not see."""
     if CAUSAL:
         return gl.minimum(column + (first + 1), S)
-    return S
+    else:  # noqa: RET505 (both returns would be compiled)
+        return S
 
 
 @gluon.jit
@@ -88,7 +94,10 @@ def fused_kernel(
     CAUSAL: gl.constexpr, GPU: gl.constexpr, SLACK: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SUMS: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys and its part of dq: see the kernel of this name in `hopper_backward`."""
+    """dk and dv of a block of keys and, with SUMS, its part of dq: the kernel of this name in `hopper_backward`.
+
+    AHEAD: the next block's scores are begun before this one's products are awaited.
+    """
     L, S, Hq, G = sizes
     WARPS: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = q.dtype
@@ -117,7 +126,8 @@ def fused_kernel(
     s_v = gl.allocate_shared_memory(dtype, [BLOCK_N, D], WIDE)
     s_q = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], WIDE)
     s_g = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], WIDE)
-    s_ds = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_M], WIDE)
+    if SUMS:
+        s_ds = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_M], WIDE)
     s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], ROW)
     s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], ROW)
     once = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -166,7 +176,8 @@ def fused_kernel(
     none = gl.zeros([D, BLOCK_M], gl.float32, PART)
     j = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, TILE))[:, None]
     column = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, TILE))[None, :]
-    p_own = progress + head_kv * blocks + block
+    if SUMS:
+        p_own = progress + head_kv * blocks + block
     seen = gl.where(block > 0, 0, 2**30)  # the first never asks
     stage = 0
     phase = 0
@@ -250,3 +261,97 @@ def fused_kernel(
     at_dv += r.to(gl.int64)[:, None] * dv.row + c[None, :]
     gl.store(at_dv, gl.convert_layout(dvv.to(dtype), WRITE), mask=ok)
     gl.store(at_dk, gl.convert_layout((dkk * scale).to(dtype), WRITE), mask=ok)
+
+
+@gluon.jit
+def queries_kernel(
+    q, k, v, g, dq, lse, delta, sizes, padded, d, scale, scale_2,
+    CAUSAL: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dq of a block of queries of one head. The next scores run beside the exponentials, dq into the next block."""
+    L, S, Hq, G = sizes
+    WARPS: gl.constexpr = gl.num_warps()
+    dtype: gl.constexpr = q.dtype
+    TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
+    WIDE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    blocks = gl.cdiv(L, BLOCK_M)
+    at = gl.program_id(0)
+    start = (blocks - 1 - at % blocks) * BLOCK_M  # those that see most keys begin first
+    h = at // blocks % Hq
+    b = at // blocks // Hq
+    h_kv = h // G
+    hi = S
+    full = S // BLOCK_N
+    if CAUSAL:
+        hi = gl.minimum(S, gl.maximum(start + BLOCK_M + d, 0))
+        full = gl.minimum(full, gl.maximum(start + d + 1, 0) // BLOCK_N)
+    steps = gl.cdiv(hi, BLOCK_N)
+
+    s_q = gl.allocate_shared_memory(dtype, [BLOCK_M, D], WIDE)
+    s_g = gl.allocate_shared_memory(dtype, [BLOCK_M, D], WIDE)
+    s_k = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], WIDE)
+    s_v = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], WIDE)
+    once = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    bars_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bars_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    passing = (k, v)
+    into = (s_k, s_v)
+    bars = (bars_k, bars_v)
+    mbarrier.init(once, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars_k.index(i), count=1)
+        mbarrier.init(bars_v.index(i), count=1)
+    fence_async_shared()
+    mbarrier.expect(once, q.block_type.nbytes + g.block_type.nbytes)
+    tma.async_copy_global_to_shared(q, [b, h, start, 0], once, s_q)
+    tma.async_copy_global_to_shared(g, [b, h, start, 0], once, s_g)
+    for i in gl.static_range(STAGES - 1):
+        fetch(passing, into, bars, (b, h_kv, 0, i * BLOCK_N), i, i < steps)
+    r = start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, TILE))
+    column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, TILE))[None, :]
+    base = (b * Hq + h).to(gl.int64) * padded
+    row_lse = gl.load(lse + (base + r))[:, None]
+    row_delta = gl.load(delta + (base + r))[:, None]
+    acc = warpgroup_mma_init(gl.zeros([BLOCK_M, D], gl.float32, OUT))
+    nothing = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, TILE)
+    mbarrier.wait(once, 0)
+    mbarrier.wait(bars_k.index(0), 0, pred=steps > 0)
+    scores = warpgroup_mma(s_q, s_k.index(0).permute((1, 0)), nothing, use_acc=False)
+    stage = 0
+    phase = 0
+    for n in tl.range(0, steps, disable_licm=True):
+        kk = s_k.index(stage)
+        mbarrier.wait(bars_v.index(stage), phase)
+        dw = warpgroup_mma(s_g, s_v.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        free = stage - 1
+        if stage == 0:
+            free = STAGES - 1
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+        mbarrier.wait(bars_k.index(stage), phase, pred=n + 1 < steps)
+        x = warpgroup_mma(s_q, s_k.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        p = gl.exp2(scores * scale_2 - row_lse)
+        dw, acc = warpgroup_mma_wait(1, deps=[dw, acc])
+        ds = p * (dw - row_delta)
+        if n >= full:
+            j = column + n * BLOCK_N
+            ds = gl.where(j < last_key(r[:, None], d, S, CAUSAL), ds, 0.0)
+        a = gl.convert_layout(ds.to(dtype), gl.DotOperandLayout(0, OUT, 2))
+        acc = warpgroup_mma(a, kk, acc, is_async=True)
+        ahead = n + STAGES - 1
+        fetch(passing, into, bars, (b, h_kv, 0, ahead * BLOCK_N), free, ahead < steps)
+        scores = warpgroup_mma_wait(1, deps=[x])
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.invalidate(once)
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(bars_k.index(i))
+        mbarrier.invalidate(bars_v.index(i))
+    WRITE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    row = start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, WRITE))
+    c = gl.arange(0, D, layout=gl.SliceLayout(0, WRITE))
+    at_dq = dq.p + b.to(gl.int64) * dq.batch + h.to(gl.int64) * dq.head
+    at_dq += row.to(gl.int64)[:, None] * dq.row + c[None, :]
+    gl.store(at_dq, gl.convert_layout((acc * scale).to(dtype), WRITE), mask=(row < L)[:, None])
