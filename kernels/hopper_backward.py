@@ -61,7 +61,7 @@ class Config(NamedTuple):
 
 
 class Configs(NamedTuple):
-    """Of one call: either the first two, or the fused kernel alone."""
+    """Of one call: either the first two, or the fused kernel alone, where all three gradients are needed."""
 
     keys: Config | None
     queries: Config | None
@@ -69,7 +69,7 @@ class Configs(NamedTuple):
 
 
 # Candidates, kernel -> head size -> configurations. All compile for sm_90 without spills, but for those of heads of 128
-# that begin ahead: 16 to 24 bytes.
+# that begin ahead in the fused kernel: 16 to 24 bytes.
 CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
     "keys": {
         64: (
@@ -564,6 +564,7 @@ def backward_launches(
         launches.append(in_gluon(each, config.queries) if config.queries.gluon else each)
     fused = config.fused
     if fused is not None:
+        assert needs[0] and needs[1]
         programs = triton.cdiv(S, fused.block_n) * k.shape[1] * B
         sums = torch.zeros((B, Hq, padded, D), device=q.device, dtype=torch.float32)
         results = {"dk": operand(dk), "dv": operand(dv), "sums": sums, "padded": padded}
