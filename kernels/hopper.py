@@ -1,10 +1,9 @@
 """Attention forward on Hopper: blocks of keys and values come by TMA, products run on warpgroups.
 
-For plain calls: 16-bit, one head size of 64 or 128, dense, no option but causal; `fits` says which.
+For plain calls: 16-bit, one head size of 64 or 128, dense, no option but causal; `tuning_hopper.takes` says which.
 """
 
 from functools import cache
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -20,67 +19,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from seqkern.kernels.launch import Launch, RowValues, operand, run
-from seqkern.kernels.mods import LN2, LOG2E, store_rows
+from seqkern.kernels.launch import Launch, RowValues, run
+from seqkern.kernels.mods import LN2, LOG2E
+from seqkern.kernels.tuning_hopper import Forward, forward_config, seen_keys
 
 SHARED_KEYS = 24 * 2**20  # bytes of keys and values that programs in flight read: less than the L2 cache
-
-
-class Config(NamedTuple):
-    kernel: str  #: "tma"; "specialized", where the compiler gives loads a warp of their own; "warpgroups", in Gluon
-    block_m: int  #: queries of a block
-    block_n: int  #: keys of a block
-    num_warps: int
-    num_stages: int
-    turns: bool = False  #: whether one warpgroup multiplies while the others compute the softmax
-    resident: bool = (
-        False  #: whether a program stays on a multiprocessor and computes several blocks of queries
-    )
-
-    @property
-    def name(self) -> str:
-        how = "-turns" * self.turns + "-resident" * self.resident
-        return f"{self.kernel}-{self.block_m}x{self.block_n}-w{self.num_warps}-s{self.num_stages}{how}"
-
-
-def modes(block_m: int, block_n: int, stages: int) -> list[Config]:
-    sides = product((False, True), (False, True))
-    return [Config("warpgroups", block_m, block_n, 4, stages, *mode) for mode in sides]
-
-
-CONFIGS = {
-    64: [
-        *modes(128, 128, 2),
-        *modes(128, 128, 4),
-        *modes(192, 128, 2),
-        *modes(192, 128, 4),
-        *modes(128, 64, 4),
-        *modes(192, 64, 4),
-        Config("specialized", 128, 64, 4, 3),
-        Config("specialized", 128, 128, 4, 2),
-        Config("tma", 128, 64, 8, 3),
-        Config("tma", 128, 128, 8, 2),
-        Config("tma", 128, 128, 8, 3),
-        Config("tma", 64, 64, 4, 3),
-        Config("tma", 64, 128, 4, 2),
-        Config("tma", 64, 128, 4, 3),
-    ],
-    128: [
-        *modes(128, 128, 2),
-        *modes(128, 64, 3),
-        *modes(128, 64, 4),
-        Config("specialized", 128, 64, 4, 3),
-        Config("specialized", 128, 128, 4, 2),
-        Config("tma", 128, 64, 8, 2),
-        Config("tma", 128, 64, 8, 3),
-        Config("tma", 128, 128, 8, 2),
-        Config("tma", 64, 64, 4, 2),
-        Config("tma", 64, 64, 4, 3),
-    ],
-}
 
 
 @triton.jit
@@ -94,77 +39,6 @@ def place(at, blocks, heads, group):
     at -= section * (blocks * group)
     size = tl.minimum(group, heads - section * group)
     return blocks - 1 - at // size, section * group + at % size
-
-
-@triton.jit
-def attend(
-    acc, m, l, q, k, v, b, h, i, S, d, lo, hi, scale,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, SPECIALIZED: tl.constexpr,
-):  # fmt: skip
-    """The keys lo..hi for queries q [M, D] at rows i [M, 1]; m in units of q k^T. EDGE: some are hidden."""
-    D: tl.constexpr = q.shape[1]
-    for first in tl.range(lo, hi, BLOCK_N, warp_specialize=SPECIALIZED):
-        kk = k.load([b, h, first, 0]).reshape(BLOCK_N, D)
-        x = tl.dot(q, kk.T)
-        if EDGE:
-            seen = S - first
-            if CAUSAL:
-                seen = tl.minimum(seen, i + (d + 1 - first))
-            x = tl.where(tl.arange(0, BLOCK_N)[None, :] < seen, x, -float("inf"))
-        top = tl.maximum(m, tl.max(x, 1))
-        shift = tl.where(top == -float("inf"), 0.0, top * scale)
-        p = tl.exp2(x * scale - shift[:, None])
-        fade = tl.exp2(m * scale - shift)
-        l = l * fade + tl.sum(p, 1)
-        acc = acc * fade[:, None]
-        vv = v.load([b, h, first, 0]).reshape(BLOCK_N, D)
-        acc = tl.dot(p.to(vv.dtype), vv, acc)
-        m = top
-    return acc, m, l
-
-
-@triton.jit
-def tma_kernel(
-    q, k, v, o, lse, work, scale,
-    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPECIALIZED: tl.constexpr,
-):  # fmt: skip
-    B, Hq, G, L, S, d, group = work
-    block, at = place(tl.program_id(0), tl.cdiv(L, BLOCK_M), B * Hq, group)
-    b = at // Hq
-    h = at % Hq
-    first = block * BLOCK_M
-    hi = S
-    full = S // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        hi = tl.minimum(S, tl.maximum(tl.minimum(first + BLOCK_M, L) + d, 0))
-        full = tl.minimum(full, tl.maximum(first + d + 1, 0) // BLOCK_N * BLOCK_N)
-    scale = scale * LOG2E
-    r = first + tl.arange(0, BLOCK_M)
-    i = r[:, None]
-    qq = q.load([b, h, first, 0]).reshape(BLOCK_M, D)
-    acc = tl.zeros((BLOCK_M, D), tl.float32)
-    m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
-    if SPECIALIZED:  # one loop, for each has warps of its own
-        full = 0
-    else:
-        acc, m, l = attend(
-            acc, m, l, qq, k, v, b, h // G, i, S, d, 0, full, scale, BLOCK_N, CAUSAL, False, False
-        )
-    acc, m, l = attend(
-        acc, m, l, qq, k, v, b, h // G, i, S, d, full, hi, scale, BLOCK_N, CAUSAL, True, SPECIALIZED
-    )
-    empty = l == 0.0
-    l = tl.where(empty, 1.0, l)
-    acc = tl.where(empty[:, None], 0.0, acc / l[:, None])
-    if SPECIALIZED:  # such a kernel cannot store by TMA
-        base_o = b.to(tl.int64) * o.batch + h.to(tl.int64) * o.head
-        store_rows(o.p + base_o, r.to(tl.int64) * o.row, r < L, acc, D, D)
-    else:
-        o.store([b, h, first, 0], acc.to(o.dtype).reshape(1, 1, BLOCK_M, D))
-    total = tl.where(empty, -float("inf"), (m * scale + tl.log2(l)) * LN2)
-    base = b.to(tl.int64) * lse.batch + h.to(tl.int64) * lse.head
-    tl.store(lse.p + base + r, total, mask=r < L)
 
 
 class Work(NamedTuple):
@@ -480,33 +354,12 @@ def warpgroups_kernel(
     # fmt: on
 
 
-def readable(x: Tensor) -> bool:
-    """Whether TMA can read and write x."""
-    aligned = all(s > 0 and s * x.element_size() % 16 == 0 for n, s in zip(x.shape[:-1], x.stride()) if n > 1)
-    return x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0
-
-
-def fits(t, o, output: Tensor) -> bool:
-    """Whether the kernels here compute this call of the op."""
-    q, k, v = t.query, t.key, t.value
-    extra = (t.mask, t.bias, t.alibi_slopes, t.sinks, t.cu_seqlens_q)
-    if any(x is not None for x in extra) or o.softcap or o.dropout_p > 0 or o.scale <= 0:
-        return False
-    if o.window_left >= 0 or o.window_right > 0 or q.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    if q.shape[-1] not in CONFIGS or not q.shape[-1] == k.shape[-1] == v.shape[-1]:
-        return False
-    return 0 not in (*q.shape, *k.shape) and all(readable(x) for x in (q, k, v, output))
-
-
-def descriptor(x: Tensor, rows: int, block: int, laid_out: bool) -> TensorDescriptor | LaidOutDescriptor:
+def descriptor(x: Tensor, rows: int, block: int) -> TensorDescriptor:
     """Of the first rows of x, read in blocks of one head; rows past them read 0 and are not written."""
     shape = [x.shape[0], x.shape[1], rows, x.shape[3]]
     strides = [s if n > 1 else 8 for n, s in zip(x.shape[:-1], x.stride())] + [1]
-    tile = [1, 1, block, x.shape[3]]
-    if not laid_out:
-        return TensorDescriptor(x, shape, strides, tile)
-    return LaidOutDescriptor(x, shape, strides, tile, gl.NVMMASharedLayout(128, 16, rank=4))
+    layout = gl.NVMMASharedLayout(128, 16, rank=4)
+    return TensorDescriptor(x, shape, strides, [1, 1, block, x.shape[3]], layout)
 
 
 @cache
@@ -514,21 +367,19 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def forward_launch(t, o, output: Tensor, lse: Tensor, config: Config) -> Launch:
+def forward_launch(t, o, output: Tensor, lse: Tensor, config: Forward | None = None) -> Launch:
     """What `forward` launches: t and o are the op's arguments, output and lse the memory for its results."""
     q, k, v = t.query, t.key, t.value
     (B, Hq, L, D), (_, Hkv, S, _) = q.shape, k.shape
     causal = o.window_right == 0
-    # Keys that no query sees may be NaN: they are past the end of the descriptors.
-    seen = min(L, S) if causal and not o.bottom_right else S
+    config = config or forward_config(D, causal)
+    seen = seen_keys(L, S, o)
     together = max(1, SHARED_KEYS // (2 * S * D * q.element_size())) * (Hq // Hkv)
-    gluon_made = config.kernel == "warpgroups"
-    rows = 64 if gluon_made else config.block_m
     arguments = {
-        "q": descriptor(q, L, rows, gluon_made),
-        "k": descriptor(k, seen, config.block_n, gluon_made),
-        "v": descriptor(v, seen, config.block_n, gluon_made),
-        "o": descriptor(output, L, rows, gluon_made),
+        "q": descriptor(q, L, 64),
+        "k": descriptor(k, seen, config.block_n),
+        "v": descriptor(v, seen, config.block_n),
+        "o": descriptor(output, L, 64),
         "lse": RowValues(lse, lse.stride(0), lse.stride(1)),
         "work": Work(B, Hq, Hq // Hkv, L, S, S - L if o.bottom_right else 0, min(together, B * Hq)),
         "scale": o.scale,
@@ -536,19 +387,15 @@ def forward_launch(t, o, output: Tensor, lse: Tensor, config: Config) -> Launch:
         "D": D,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "STAGES": config.stages,
+        "ORDERED": config.turns,
     }
     programs = triton.cdiv(L, config.block_m) * Hq * B
-    if not gluon_made:
-        arguments["SPECIALIZED"] = config.kernel == "specialized"
-        if config.kernel == "specialized":
-            arguments["o"] = operand(output)
-        return Launch(tma_kernel, programs, arguments, config.num_warps, config.num_stages)
     if config.resident:
         programs = min(programs, multiprocessors(q.device))
-    arguments |= {"STAGES": config.num_stages, "ORDERED": config.turns}
-    return Launch(warpgroups_kernel, programs, arguments, config.num_warps, config.num_stages)
+    return Launch(warpgroups_kernel, programs, arguments, 4, 1)
 
 
-def forward(t, o, output: Tensor, lse: Tensor, config: Config) -> None:
-    """Writes output and lse of a call that `fits`."""
-    run(forward_launch(t, o, output, lse, config))
+def forward(t, o, output: Tensor, lse: Tensor) -> None:
+    """Writes output and lse of a call that `tuning_hopper.takes`."""
+    run(forward_launch(t, o, output, lse))

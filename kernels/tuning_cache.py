@@ -29,6 +29,7 @@ class Force(NamedTuple):
     configs: Mapping[str, tuple[int, ...]]
     steps: bool  # whether recurrent layers run step by step
     persistent: bool = False  # whether they run by the persistent kernels, where those take them
+    portable: bool = False  # whether attention leaves out the kernels for one architecture
 
 
 force: ContextVar[Force] = ContextVar("seqkern_tuning", default=Force({}, False))  # noqa: B039
@@ -36,11 +37,15 @@ force: ContextVar[Force] = ContextVar("seqkern_tuning", default=Force({}, False)
 
 @contextmanager
 def forced(
-    configs: Mapping[str, tuple[int, ...]], steps: bool = False, persistent: bool = False
+    configs: Mapping[str, tuple[int, ...]],
+    steps: bool = False,
+    persistent: bool = False,
+    portable: bool = False,
 ) -> Iterator[None]:
     """Puts configurations, by key, before all others in the block. With ``steps`` recurrent layers run step by step,
-    with ``persistent`` by the persistent kernels, where those take them."""
-    token = force.set(Force(configs, steps, persistent))
+    with ``persistent`` by the persistent kernels, where those take them; with ``portable`` attention runs by the
+    kernels that serve every architecture."""
+    token = force.set(Force(configs, steps, persistent, portable))
     try:
         yield
     finally:
