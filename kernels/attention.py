@@ -77,20 +77,23 @@ def attend(
 def attend_all(
     q, k, v, base_k, base_v, b, h, i, first, last, L, S, d, begin, end, scale, mods,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, RETRIES: tl.constexpr,
 ):  # fmt: skip
-    """The keys begin..end (multiples of BLOCK_N, or S) for queries first..last -> acc, running maximum and sum."""
+    """The keys begin..end (multiples of BLOCK_N, or S) for queries first..last -> acc, running maximum and sum.
+
+    0 times what a mask hides is NaN where that is NaN or infinite. Not to read what is hidden from all makes every block
+    wait for its mask: RETRIES does so only where a NaN came out.
+    """
+    GUARD: tl.constexpr = mods.mask is not None and not RETRIES
     lo, full_lo, full_hi, hi = key_range(first, last, S, d, mods, BLOCK_N)
     lo, hi = tl.maximum(lo, begin), tl.minimum(hi, end)
     full_lo = tl.maximum(full_lo, lo)
     full_hi = tl.maximum(tl.minimum(full_hi, end), full_lo)
     acc, m, l = attend_ranges(
         q, k, v, base_k, base_v, b, h, i, first, last, L, S, d, lo, full_lo, full_hi, hi, scale, mods,
-        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, False,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, GUARD,
     )  # fmt: skip
-    if mods.mask is not None:
-        # 0 times what a mask hides is NaN where that is NaN or infinite. Not to read what is hidden from all makes every
-        # block wait for its mask: done again, where needed, it costs the others nothing.
+    if mods.mask is not None and RETRIES:
         if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
             acc, m, l = attend_ranges(
                 q, k, v, base_k, base_v, b, h, i, first, last, L, S, d, lo, full_lo, full_hi, hi, scale, mods,
@@ -144,7 +147,7 @@ def finish(acc, m, l, sink):
 def forward_kernel(
     q, k, v, o, lse, sinks, mods, packed, sizes, scale,
     BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, RETRIES: tl.constexpr,
 ):  # fmt: skip
     L, S, Hq, G = sizes
     blocks = tl.cdiv(L, BLOCK_M)
@@ -166,7 +169,7 @@ def forward_kernel(
         base_v = b.to(tl.int64) * v.batch + (h // G).to(tl.int64) * v.head + begin_k * v.row
         acc, m, l = attend_all(
             qq, k, v, base_k, base_v, b, h, r[:, None], first, tl.minimum(first + BLOCK_M, L) - 1, L, S, d, 0, S,
-            scale, mods, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            scale, mods, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, RETRIES,
         )  # fmt: skip
         sink = None
         if sinks is not None:
@@ -197,6 +200,7 @@ def forward_launch(t, o, output, lse) -> Launch:
         **call.constants,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        RETRIES=call.retries,
     )
     programs = triton.cdiv(call.L, config.block_m) * call.Hq * call.B
     return Launch(forward_kernel, programs, arguments, config.num_warps, config.num_stages)

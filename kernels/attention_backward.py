@@ -232,9 +232,10 @@ def queries_ranges(
 def queries_kernel(
     q, k, v, do, dq, lse, delta, dslopes, dbias, mods, packed, sizes, scale,
     BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, RETRIES: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of queries of one head; also ds where the bias has a value for each score."""
+    GUARD: tl.constexpr = mods.mask is not None and not RETRIES
     L, S, Hq, G = sizes
     longest = L
     blocks = tl.cdiv(L, BLOCK_M)
@@ -262,9 +263,9 @@ def queries_kernel(
         last = tl.minimum(first + BLOCK_M, L) - 1
         acc, dslope = queries_ranges(
             qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, dbias, scale, mods,
-            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, False,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, GUARD,
         )  # fmt: skip
-        if mods.mask is not None:
+        if mods.mask is not None and RETRIES:
             if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:  # as in `attend_all`
                 acc, dslope = queries_ranges(
                     qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, dbias, scale, mods,
@@ -422,6 +423,7 @@ def backward_launches(
             "dq": operand(dq if need_query else torch.empty_like(call.q)),
             "dslopes": buffers.get("slopes"),
             "dbias": plane(dbias.zero_()) if full else None,  # blocks that nobody sees are not visited
+            "RETRIES": call.retries,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
         }

@@ -20,6 +20,7 @@ def decode_kernel(
     q, k, v, part, part_lse, mods, packed, sizes, scale, splits,
     CHUNK: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+    RETRIES: tl.constexpr,
 ):  # fmt: skip
     """The part of one split: part [B, Hq, L, splits, DV] in float32 and its lse [B, Hq, L, splits]."""
     L, S, Hq, G = sizes
@@ -44,6 +45,7 @@ def decode_kernel(
     acc, m, l = attend_all(
         qq, k, v, base_k, base_v, b, h[:, None], i[:, None], 0, L - 1, L, S, d, begin,
         tl.minimum(begin + CHUNK, S), scale, mods, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+        RETRIES,
     )  # fmt: skip
     acc, lse = finish(acc, m, l, None)
     row = ((b.to(tl.int64) * Hq + h64) * longest + i64) * splits + split
@@ -115,6 +117,7 @@ def decode_launches(t, o, output, lse) -> list[Launch]:
         **call.constants,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        RETRIES=call.retries,
     )
     combine = {
         "part": part,

@@ -46,6 +46,11 @@ class Call(NamedTuple):
     shape: Shape
     constants: dict[str, Any]
 
+    @property
+    def retries(self) -> bool:
+        """See `attend_all`. On sm_80 what may run twice spills, and Triton 3.6 cannot compile it for sm_100."""
+        return 90 <= self.shape.arch < 100
+
     def row_values(self, x: Tensor) -> RowValues:
         return RowValues(x, 0 if self.packed is not None else x.stride(0), x.stride(-2))
 

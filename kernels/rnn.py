@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seqkern.kernels import persistent, scan, step, tuning
+from seqkern.kernels.cells import CELLS
 from seqkern.kernels.layer import Layer
 
 
@@ -25,6 +26,22 @@ def launch(
     **options: Any,
 ) -> None:
     kernel[grid](**arguments, **constants, num_warps=config.warps, num_stages=config.stages, **options)
+
+
+def in_one_launch(
+    cell: str, dtype: torch.dtype, device: torch.device, B: int, H: int, D: int
+) -> bool:
+    """Whether all steps of a dense or packed call without a projection run in one launch, forward and backward."""
+    c = CELLS[cell]
+    for way in ("forward", "backward"):
+        p = tuning.Problem("", cell, c.G, c.R, c.HAS_C, dtype, dtype != torch.float32, B, H, H, D, False)
+        arch = tuning.arch_of(device)
+        if tuning.choose(arch, p._replace(kernel=f"sequence_{way}")):
+            continue
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        if not tuning.persistent_config(arch, processors, p._replace(kernel=f"persistent_{way}")):
+            return False
+    return True
 
 
 def tiles(n: int, block: int) -> int:

@@ -36,32 +36,36 @@ DELTA_ROWS = (
 WEIGHTS_BLOCK = 64  # queries and keys of a block of weights that a program writes
 
 
-# The largest of the tried blocks that the compiler fits into registers without spilling: for causal calls and, in the
-# lines of extras, for all options at once (benchmarks/results/attention_compiled.jsonl). Larger blocks read less memory
-# per product. (generation, extras) -> head size, rounded up -> Config.
+# Of sm_90: the fastest on an H200 (docs/decisions.md), which for 64 rows are four warps: eight would share the columns of
+# a product among warp groups. Of the others: the largest of the tried blocks that the compiler fits into registers without
+# spilling, for causal calls and, in the last line, for all options at once (benchmarks/results/attention_compiled.jsonl).
+# (generation, extras, where 2 stands for more) -> head size, rounded up -> Config.
 FORWARD = {
-    (80, False): {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(64, 64, 8, 2)},
-    (80, True): {64: Config(64, 32, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(64, 32, 8, 1)},
-    (90, False): {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
-    (90, True): {64: Config(128, 32, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 1)},
-    (100, False): {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
-    (100, True): {64: Config(128, 32, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 1)},
+    (80, 0): {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(64, 64, 8, 2)},
+    (80, 2): {64: Config(64, 32, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(64, 32, 8, 1)},
+    (90, 0): {64: Config(64, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
+    (90, 1): {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 1)},
+    (90, 2): {64: Config(128, 32, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 1)},
+    (100, 0): {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
+    (100, 2): {64: Config(128, 32, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 1)},
 }
 KEYS = {
-    (80, False): {64: Config(32, 64, 8, 2), 128: Config(32, 64, 8, 1), 256: Config(16, 64, 8, 1)},
-    (80, True): {64: Config(16, 64, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 32, 8, 1)},
-    (90, False): {64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 2)},
-    (90, True): {64: Config(16, 64, 8, 1), 128: Config(16, 64, 8, 1), 256: Config(16, 64, 8, 1)},
-    (100, False): {64: Config(64, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(16, 64, 8, 1)},
-    (100, True): {64: Config(16, 64, 8, 1), 128: Config(16, 64, 8, 1), 256: Config(16, 64, 8, 1)},
+    (80, 0): {64: Config(32, 64, 8, 2), 128: Config(32, 64, 8, 1), 256: Config(16, 64, 8, 1)},
+    (80, 2): {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(32, 16, 8, 1)},
+    (90, 0): {64: Config(64, 64, 4, 2), 128: Config(32, 64, 4, 2), 256: Config(32, 64, 8, 2)},
+    (90, 1): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(32, 32, 8, 1)},
+    (90, 2): {64: Config(32, 64, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(32, 32, 8, 1)},
+    (100, 0): {64: Config(64, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(16, 64, 8, 1)},
+    (100, 2): {64: Config(32, 64, 8, 1), 128: Config(32, 64, 8, 1), 256: Config(32, 32, 8, 1)},
 }
 QUERIES = {
-    (80, False): {64: Config(64, 64, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(64, 32, 8, 1)},
-    (80, True): {64: Config(64, 32, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
-    (90, False): {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-    (90, True): {64: Config(64, 32, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(64, 32, 8, 1)},
-    (100, False): {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-    (100, True): {64: Config(64, 32, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(64, 32, 8, 1)},
+    (80, 0): {64: Config(64, 64, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(64, 32, 8, 1)},
+    (80, 2): {64: Config(64, 32, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
+    (90, 0): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(64, 32, 8, 2)},
+    (90, 1): {64: Config(64, 32, 4, 3), 128: Config(64, 32, 4, 3), 256: Config(64, 32, 8, 1)},
+    (90, 2): {64: Config(64, 32, 4, 3), 128: Config(64, 32, 4, 3), 256: Config(64, 32, 8, 1)},
+    (100, 0): {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    (100, 2): {64: Config(64, 32, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(64, 32, 8, 1)},
 }
 # float32 is multiplied without tensor cores, the operands of each product in registers: small blocks everywhere. Two
 # stages keep the passing operands in shared memory, which freed registers where one stage spilled.
@@ -70,32 +74,43 @@ FLOAT32 = {
     "keys": {64: Config(32, 32, 16, 2), 128: Config(32, 32, 16, 2), 256: Config(16, 16, 4, 2)},
     "queries": {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 2)},
 }
+TF32 = {
+    "forward": {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 1), 256: Config(32, 32, 8, 1)},
+    "keys": {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(32, 16, 8, 1)},
+    "queries": {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
+}
+# The least keys (in `keys` queries) that a product of weights sums over on tensor cores. Triton 3.6 lays out its left
+# operand by the narrowest number that it was made of: the bytes of a mask make groups of four, which need 32, and with 16
+# the product is wrong.
+LEAST_SUMMED = 32
 DECODE = {64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 3)}  # head size -> block_n, num_warps, num_stages
 # Shared memory of a program on consumer GPUs (sm_86, sm_89, sm_120) is 99 KiB, of the others at least 163.
 SMALL = frozenset((86, 89, 120, 121))
 
 
-def pick(table: dict, exact: dict, s: Shape) -> Config:
+def pick(kernel: str, table: dict, s: Shape) -> Config:
     size = max(64, s.size)
     if s.bytes == 4:
-        return exact[size]
+        return (TF32 if s.tf32 else FLOAT32)[kernel][size]
     if s.arch in SMALL:  # what holds all options on sm_80 is what fits
-        return table[80, True][size]
-    return table[min(s.arch // 10 * 10, 100) if s.arch >= 90 else 80, s.extras > 0][size]
+        return table[80, 2][size]
+    generation = min(s.arch // 10 * 10, 100) if s.arch >= 90 else 80
+    most = 1 if generation == 90 and s.extras == 1 else 2
+    return table[generation, most if s.extras else 0][size]
 
 
 def forward_config(s: Shape) -> Config:
-    return pick(FORWARD, FLOAT32["forward"], s)
+    return pick("forward", FORWARD, s)
 
 
 def keys_config(s: Shape) -> Config:
     """Of the gradient of keys and values: block_n keys stay, blocks of block_m queries pass."""
-    return pick(KEYS, FLOAT32["keys"], s)
+    return pick("keys", KEYS, s)
 
 
 def queries_config(s: Shape) -> Config:
     """Of the gradient of queries: block_m queries stay, blocks of block_n keys pass."""
-    return pick(QUERIES, FLOAT32["queries"], s)
+    return pick("queries", QUERIES, s)
 
 
 def bias_config(s: Shape) -> Config:
@@ -124,7 +139,7 @@ def decode_config(s: Shape) -> Config:
     """block_m holds the queries of all heads of a group: at least 16, the least of a tensor product."""
     block_m = power(s.rows, 16)
     if s.bytes == 4:
-        return Config(block_m, 16, 8, 1)
+        return Config(block_m, LEAST_SUMMED if s.tf32 else 16, 8, 1)
     found = Config(block_m, *DECODE[max(64, s.size)])
     # Fewer stages where keys and values of all would not fit beside a tile of weights, and of bias and mask in flight.
     while found.num_stages > 1:
@@ -178,6 +193,8 @@ def registers(kernel: str, s: Shape, c: Config) -> int:
 def usable(kernel: str, s: Shape, c: Config) -> bool:
     """Whether a configuration that is no rule's gives right results, and may fit."""
     whole = kernel != "decode" or (c.block_m >= s.rows and SPLIT % c.block_n == 0)
+    if kernel != "bias" and (s.bytes == 2 or s.tf32) and s.extras:
+        whole = whole and (c.block_m if kernel == "keys" else c.block_n) >= LEAST_SUMMED
     return whole and min(c.block_m, c.block_n) >= 16 and shared_bytes(kernel, s, c) <= limits(s.arch).shared
 
 
@@ -189,7 +206,8 @@ def key(kernel: str, s: Shape) -> str:
     """
     kind = f"{8 * s.bytes}-bit" + "-tf32" * s.tf32
     rows = f"|M{power(s.rows, 16)}" if kernel == "decode" else ""
-    return f"attention_{kernel}|{kind}|D{max(64, s.size)}|{'extras' if s.extras else 'plain'}{rows}"
+    extras = ("plain", "extra", "extras")[min(s.extras, 2)]
+    return f"attention_{kernel}|{kind}|D{max(64, s.size)}|{extras}{rows}"
 
 
 def near(n: int) -> list[int]:

@@ -130,7 +130,7 @@ def blocks(each):
     return each.arguments["BLOCK_M"], each.arguments["BLOCK_N"], each.num_warps, each.num_stages
 
 
-@pytest.mark.parametrize("config", [(16, 64, 4, 1), (64, 16, 4, 2), (128, 32, 8, 2)], ids=str)
+@pytest.mark.parametrize("config", [(32, 64, 4, 1), (64, 32, 4, 2), (128, 32, 8, 2)], ids=str)
 @pytest.mark.parametrize("options", ["causal", "everything"])
 def test_any_blocks(options, config):
     """What a measurement may choose: no result hangs on the blocks, nor does the mask of dropout."""
@@ -145,7 +145,7 @@ def test_any_blocks(options, config):
         check(case, *kernels)
 
 
-@pytest.mark.parametrize("config", [(16, 16, 8, 1), (64, 128, 4, 2)], ids=str)
+@pytest.mark.parametrize("config", [(16, 32, 8, 1), (64, 128, 4, 2)], ids=str)
 def test_any_blocks_of_decode(config):
     case = make_case(torch.float16, B=2, Hq=4, Hkv=2, L=3, S=700, D=20, Dv=17, **OPTIONS["everything"])
     with forced(case, config, "decode"):

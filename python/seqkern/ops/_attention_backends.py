@@ -31,6 +31,7 @@ SMALL = Small(flop=1e7, narrow=1e7, causal=5e6, beyond=5e6, few=2e6, one=2e6)
 SMALL_FLOAT32 = (
     SMALL if _library.is_wide() else Small(flop=4.5e7, narrow=1e7, causal=2.5e7, beyond=5e6, few=1e7, one=4e6)
 )
+GPU_FLOP = 2e10  # 0.1 ms of a Hopper GPU, which a launch from Python must not be a large part of
 TRITON_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 LARGEST_HEAD = 256
 PLAIN = frozenset((Tensor, Parameter))
@@ -99,6 +100,21 @@ def torch_outruns(t: Tensors, wanted: Wanted) -> str | None:
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in t):
         return None  # a call overhead matters less there, and torch's kernel has no second derivative
     return None if torch_declines(t, wanted) else "so small a call"
+
+
+def torch_outruns_on_gpu(t: Tensors, wanted: Wanted) -> str | None:
+    """Why torch's kernels run a call on a Hopper GPU, where cuDNN's is the faster for what both have."""
+    if torch_declines(t, wanted):
+        return None
+    o = wanted.options
+    if t.query.dtype not in (torch.bfloat16, torch.float16):
+        return f"in {str(t.query.dtype)[6:]} it has not been timed; try it with seqkern.backend('triton')"
+    if 4 * t.query.numel() * t.key.shape[-2] < GPU_FLOP:
+        return "so small a call is over on torch's kernel before a launch of Triton's pays"
+    windowed = o.window_left >= 0 or o.window_right > 0
+    if windowed or t.bias is not None or t.alibi_slopes is not None:
+        return None  # torch reads a dense mask for them
+    return "cuDNN's kernel is faster"
 
 
 def cpu_declines(t: Tensors) -> str | None:

@@ -31,6 +31,8 @@ VARIABLE = "SEQKERN_BACKEND"
 CELL_WORTH_A_GRADIENT = 4_000_000  # weights, states and input of one step
 STEPS_BELOW_A_GRADIENT = {"gru": 1, "rnn_tanh": 4, "rnn_relu": 4}
 BF16_STEPS_BELOW_A_GRADIENT = STEPS_BELOW_A_GRADIENT | {"gru": 3}  # where dots make torch's steps short
+# Below them a sequence is over on cuDNN before the launches of Triton pay, which a backward has more of.
+GPU_STEPS, GPU_STEPS_BELOW_A_GRADIENT = 16, 64
 BF16_TILES = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # AMX: torch's kernels alone use it
 PLAIN = frozenset((Tensor, Parameter))
 
@@ -313,9 +315,44 @@ def _torch_avoids(call: Call) -> str | None:
     return None
 
 
+def _is_hopper(index: int) -> bool:
+    return torch.cuda.get_device_capability(index)[0] == 9
+
+
+_is_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as _now_forced
+
+
 def _triton_avoids(call: Call) -> str | None:
-    """Why the Triton kernels are left aside unless they are forced."""
-    return "no GPU has shown it to be faster than torch's kernel yet; try it with seqkern.backend('triton')"
+    """Why the Triton kernels are left aside unless they are forced: fixed rules from what docs/decisions.md tells of."""
+    input = call.tensors[0]
+    assert input is not None
+    if not input.is_cuda or not _is_hopper(input.device.index or 0):
+        return "no GPU has shown it to be faster than torch's kernel yet; try it with seqkern.backend('triton')"
+    if torch.compiler.is_compiling():
+        return "under torch.compile it has not been timed; try it with seqkern.backend('triton')"
+    if call.wanted is not None:
+        return _attention_backends.torch_outruns_on_gpu(call.tensors, call.wanted)  # type: ignore[arg-type]
+    return _recurrent_on_gpu(call.op, call.tensors)
+
+
+def _recurrent_on_gpu(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Why cuDNN runs a recurrent layer on a Hopper GPU."""
+    input, hx, _, _, w_hh = tensors[:5]
+    assert input is not None and hx is not None and w_hh is not None
+    if op.endswith("_cell"):
+        return "a single step takes as long to launch on torch's kernel"
+    if input.dtype != torch.bfloat16:
+        return f"cuDNN is faster in {str(input.dtype)[6:]}"
+    B, H, P = hx.shape[-2], hx.shape[-1], w_hh.shape[1]
+    steps = input.shape[0] // (1 if input.dim() == 3 else max(B, 1))
+    if steps < (GPU_STEPS_BELOW_A_GRADIENT if needs_grad(tensors) else GPU_STEPS):
+        return "so few steps take as long to launch on torch's kernel"
+    from seqkern.kernels import rnn  # imports Triton
+
+    D = 1 if hx.shape[0] == 1 else 2  # or two layers
+    if P != H or not rnn.in_one_launch(op, input.dtype, input.device, B, H, D):
+        return "its steps would be launched one by one"
+    return None
 
 
 def forced() -> str | None:
