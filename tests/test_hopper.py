@@ -161,11 +161,12 @@ def test_an_output_that_tma_cannot_write(ran):
 # What the compiler makes of them
 
 
+@pytest.mark.parametrize("length", [512, pytest.param(517, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("causal", [pytest.param("", marks=pytest.mark.slow), "top-left"])
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("kernel", ["forward", "keys", "queries", "rows"])
-def test_compiles(kernel, D, causal):
-    case = call(D=D, causal=causal)
+def test_compiles(kernel, D, causal, length):
+    case = call(D=D, causal=causal, L=length, S=length)
     t, o = case.tensors, case.options
     output, lse, _ = empty_outputs(t, o)
     if kernel == "forward":
