@@ -70,20 +70,44 @@ def _output(*command: Any) -> str:
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
 
 
-def resources(launch: Any, arch: int) -> Resources:
-    """Compiles a launch (kernel, arguments, num_warps, num_stages) for an architecture."""
+def compiled(launch: Any, arch: int) -> Any:
+    """The compiled kernel of a launch (kernel, arguments, num_warps, num_stages) for an architecture."""
     with pretending(arch):
-        compiled = launch.kernel.warmup(
+        return launch.kernel.warmup(
             **launch.arguments, grid=(1,), num_warps=launch.num_warps, num_stages=launch.num_stages
         )
+
+
+def listing(kernel: Any) -> str:
+    """The instructions of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return _output(tool("nvdisasm"), "-c", file.name)
+
+
+def complaints(kernel: Any, arch: int) -> str:
+    """What the assembler says about a compiled kernel's code, such as that it serializes the matrix instructions."""
+    with tempfile.NamedTemporaryFile(mode="w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+        command = [tool("ptxas"), f"-arch={name}", "-v", file.name, "-o", "/dev/null"]
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+
+def resources(launch: Any, arch: int) -> Resources:
+    """Compiles a launch for an architecture."""
+    kernel = compiled(launch, arch)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
         file.flush()
         usage = _output(tool("cuobjdump"), "-res-usage", file.name)
-        code = _output(tool("nvdisasm"), "-c", file.name)
+    code = listing(kernel)
     used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     kinds = sorted(set(re.findall(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|DMMA)\b", code)))
     count = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
     return Resources(
-        used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, "+".join(kinds), count
+        used["REG"], used["STACK"] + used["LOCAL"], kernel.metadata.shared, "+".join(kinds), count
     )

@@ -210,7 +210,7 @@ def backward_launches(t, o, grad_output, grad_lse, output, lse, gradients, needs
     (B, Hq, L, D), S = q.shape, k.shape[2]
     dq, dk, dv = gradients[:3]
     g = torch.zeros_like(output) if grad_output is None else unit_last(grad_output)
-    g = g if readable(g) else g.contiguous()
+    g = g if readable(g) else g.clone(memory_format=torch.contiguous_format)
     padded = triton.cdiv(L, PAD) * PAD
     values = torch.empty((2, B * Hq, padded), device=q.device, dtype=torch.float32)
     own = {
