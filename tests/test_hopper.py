@@ -307,7 +307,7 @@ def test_many_blocks_give_the_same_bits_twice(D, causal):
     with tuning_cache.forced({}, portable=True):
         portable = run(case)
     for name, want in portable.items():
-        assert relative_rms(first[name], want) < torch.finfo(torch.bfloat16).eps, name
+        assert relative_rms(first[name], want) < 2 * torch.finfo(torch.bfloat16).eps, name
 
 
 @gpu
