@@ -28,9 +28,7 @@ def launch(
     kernel[grid](**arguments, **constants, num_warps=config.warps, num_stages=config.stages, **options)
 
 
-def in_one_launch(
-    cell: str, dtype: torch.dtype, device: torch.device, B: int, H: int, D: int
-) -> bool:
+def in_one_launch(cell: str, dtype: torch.dtype, device: torch.device, B: int, H: int, D: int) -> bool:
     """Whether all steps of a dense or packed call without a projection run in one launch, forward and backward."""
     c = CELLS[cell]
     for way in ("forward", "backward"):

@@ -77,7 +77,7 @@ class Pretended(Gpu):
     """A GPU whose memory is this machine's and whose clock ticks with each event."""
 
     def __init__(self, fatal=""):
-        super().__init__(Event, self.answer, "cpu", l2=1 << 10)
+        super().__init__(Event, self.answer, "cpu", dirt=1 << 10)
         self.fatal, self.dead = fatal, False
 
     def answer(self):
@@ -163,7 +163,7 @@ def test_rows_are_made_wholly_on_their_device(row):
     with torch.device("meta"):
         model, inputs = row.build()
         assert {t.device.type for _, t in measure.tensors(inputs)} == {"meta"}
-        assert measure.size(model, inputs) > 0 and row.flop(INFERENCE) > 0
+        assert row.flop(INFERENCE) > 0
         few = row.oracle() if isinstance(row, GpuAttentionRow) else None
     if few is not None:
         assert few[0](*few[1]).shape == row.judged("output", model(*inputs)).shape
@@ -244,17 +244,8 @@ def test_calls_are_timed_by_events_over_a_cold_cache():
         order.append("call")
         Event.now += 4.0
 
-    assert here.timed(call, INFERENCE, graphed=False, given=0)(3) == pytest.approx(3 * 5e-3)
+    assert here.timed(call, INFERENCE, graphed=False)(3) == pytest.approx(3 * 5e-3)
     assert order == ["flush", "call"] * 3
-    order.clear()
-    here.timed(call, INFERENCE, graphed=False, given=1 << 20)(1)
-    assert order == ["call"]
-
-
-def test_flush_covers_the_cache():
-    here = Pretended()
-    here.flush()
-    assert here.dirt.numel() == 2 * here.l2
 
 
 def test_a_turn_has_no_more_calls_than_a_median_needs():
@@ -266,7 +257,7 @@ def test_a_turn_has_no_more_calls_than_a_median_needs():
 
 def test_ceilings_are_measured():
     here = Pretended()
-    found = ceilings.measure("cpu", lambda call: here.by_events(call, INFERENCE, False), 32, 1 << 12)
+    found = ceilings.measure("cpu", lambda call: here.by_events(call, INFERENCE), 32, 1 << 12)
     assert found.peaks.keys() == set(ceilings.TYPES) and found.level(1e9) == "memory"
     assert found.bandwidth["memory"] == pytest.approx(2 * (1 << 12) / 1e-3 / 1e9)
     assert found.share_of_peak(found.peaks["tf32"] * 1e9, 2.0, "tf32") == pytest.approx(0.5)

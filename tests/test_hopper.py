@@ -205,7 +205,7 @@ def forward(*arguments):
     outs = empty_outputs(t, o)
     for x in outs:
         x.fill_(torch.nan)
-    assert serve.by_hopper(t, o) and readable(outs[0])
+    assert serve.by_hopper(t, o, "hopper") and readable(outs[0])
     with torch.cuda.device_of(t.query):
         hopper.forward(t, o, *outs[:2])
     return outs

@@ -5,6 +5,7 @@ import torch
 
 import seqkern
 from seqkern.kernels import tuning_cache
+from seqkern.ops._backend import watch
 from seqkern.testing import make_case, run_op
 
 pytestmark = pytest.mark.gpu
@@ -55,3 +56,50 @@ def test_many_sequences_give_the_same_bits_twice(cell, steps):
         for _ in range(3):
             again = run_op(case)
             assert [name for name in first if not torch.equal(first[name], again[name])] == []
+
+
+CHOSEN = [
+    ("LSTM", torch.bfloat16, 128, 64, "triton"),
+    ("GRU", torch.bfloat16, 768, 64, "triton"),  # persistent
+    ("RNN", torch.bfloat16, 1024, 64, "triton"),
+    ("LSTM", torch.bfloat16, 2048, 64, "torch"),  # fits nowhere
+    ("LSTM", torch.bfloat16, 128, 4, "torch"),
+    ("LSTM", torch.float16, 128, 64, "torch"),
+    ("LSTM", torch.float32, 128, 64, "torch"),
+]
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="measured on Hopper"
+)
+@pytest.mark.parametrize(("kind", "dtype", "H", "T", "name"), CHOSEN)
+def test_what_is_chosen_unasked(kind, dtype, H, T, name):
+    layer = getattr(seqkern.nn, kind)(16, H, device="cuda", dtype=dtype)
+    x = torch.randn(T, 5, 16, device="cuda", dtype=dtype)
+    assert [row.backend for row in seqkern.explain(layer, x).rows] == [name]
+    output, _ = layer(x)
+    with seqkern.backend("reference"):
+        want, _ = layer(x)
+    assert (output - want).norm() < 0.02 * want.norm()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="measured on Hopper"
+)
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "torch"),
+        ({"causal": True}, "torch"),
+        ({"causal": True, "window": (255, 0)}, "triton"),
+        ({"softcap": 30.0}, "triton"),
+    ],
+    ids=str,
+)
+def test_attention_that_is_chosen_unasked(options, name):
+    q, k, v = torch.randn(3, 2, 8, 2048, 64, device="cuda", dtype=torch.bfloat16)
+    with watch() as seen:
+        output = seqkern.functional.attention(q, k, v, **options)
+    assert [choice.name for _, choice in seen] == [name]
+    want = seqkern.functional.attention(q[:1, :1], k[:1, :1], v[:1, :1], **options, backend="reference")
+    assert (output[:1, :1] - want).norm() < 0.02 * want.norm()

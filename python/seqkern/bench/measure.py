@@ -61,12 +61,6 @@ def leaf(value: Any) -> tuple[Any, Tensor]:
     return (value._replace(data=found) if isinstance(value, PackedSequence) else found), found
 
 
-def size(model: nn.Module, inputs: tuple[Any, ...]) -> int:
-    """Bytes of a model's inputs, parameters and buffers."""
-    given = [t for _, t in tensors(inputs)]
-    return sum(t.numel() * t.itemsize for t in (*given, *model.parameters(), *model.buffers()))
-
-
 def sent_back(output: Tensor) -> Tensor:
     """The gradient of an output that every subject is given."""
     draw = torch.Generator(output.device).manual_seed(1)

@@ -59,7 +59,7 @@ class Peer(ABC):
         self.first_call, self.peak_bytes = self.place.cost(
             call, row, mode, accelerated=accelerated, threads=self.threads
         )
-        return self.place.timed(call, mode, graphed=row.graphed, given=measure.size(model, inputs))
+        return self.place.timed(call, mode, graphed=row.graphed)
 
     def close(self) -> None:  # noqa: B027  # most peers hold nothing
         pass
@@ -237,7 +237,7 @@ class Plain(Peer):
         model, inputs = self.place.build(row)
         with self.place.kernels():
             call = measure.caller(row.ours(model), inputs, mode)
-            run = self.place.timed(call, mode, graphed=row.graphed, given=measure.size(model, inputs))
+            run = self.place.timed(call, mode, graphed=row.graphed)
 
         def plain(calls: int) -> float:
             with self.place.kernels():

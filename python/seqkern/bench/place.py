@@ -20,6 +20,9 @@ from seqkern.bench.rows import INFERENCE, Row
 
 Cost = tuple[float | None, int | None]  #: seconds of the first call, bytes at the peak of one
 MOST_CALLS = 100  # in a turn on a GPU: more say nothing about a median
+DIRT = (
+    1 << 30
+)  # bytes that are written before each call on a GPU: many times its L2 cache, and 0.3 ms of an H200
 WARM_UP = 3  # calls before a capture: they choose algorithms and make workspaces, which a capture must not
 
 
@@ -60,8 +63,8 @@ class Place:
             torch.set_float32_matmul_precision(before[0])
             torch.backends.cudnn.allow_tf32 = before[1]
 
-    def timed(self, call: Callable[[], Any], mode: str, *, graphed: bool, given: int) -> Timed:
-        """The call ready to be timed, on so many bytes of inputs and weights; as a CUDA graph where there are any."""
+    def timed(self, call: Callable[[], Any], mode: str, *, graphed: bool) -> Timed:
+        """The call ready to be timed; as a CUDA graph where there are any."""
         return measure.timed(call, mode)
 
     def cost(
@@ -95,8 +98,8 @@ class Place:
 
 
 class Gpu(Place):
-    """The current GPU. Calls are timed one by one, by events on its stream, each with a cold L2 cache where its
-    inputs would lie in it.
+    """The current GPU. Calls are timed one by one, by events on its stream, each with a cold L2 cache and after work that
+    lasts longer than the processor takes to launch most of them: what a GPU does that has been kept busy.
 
     ``event``, ``wait`` and ``device`` are replaced where there is no GPU.
     """
@@ -110,11 +113,10 @@ class Gpu(Place):
         event: Callable[[], Any] = lambda: torch.cuda.Event(enable_timing=True),
         wait: Callable[[], None] = torch.cuda.synchronize,
         device: str = "cuda",
-        l2: int | None = None,
+        dirt: int = DIRT,
     ) -> None:
         self.event, self.wait, self.device = event, wait, device
-        self.l2 = torch.cuda.get_device_properties(device).L2_cache_size if l2 is None else l2
-        self.dirt: Tensor | None = None
+        self.dirt = torch.empty(dirt, dtype=torch.int8, device=device)
 
     def drawing(self) -> AbstractContextManager:
         return torch.device(self.device)
@@ -122,17 +124,16 @@ class Gpu(Place):
     def kernels(self) -> AbstractContextManager:
         return seqkern.backend("triton" if self.device == "cuda" else None)
 
-    def timed(self, call: Callable[[], Any], mode: str, *, graphed: bool, given: int) -> Timed:
+    def timed(self, call: Callable[[], Any], mode: str, *, graphed: bool) -> Timed:
         run = self.captured(call, mode) if graphed else call
-        return self.by_events(run, mode, cold=given < 2 * self.l2)
+        return self.by_events(run, mode)
 
-    def by_events(self, call: Callable[[], Any], mode: str, cold: bool) -> Timed:
+    def by_events(self, call: Callable[[], Any], mode: str) -> Timed:
         def run(calls: int) -> float:
             pairs = [(self.event(), self.event()) for _ in range(calls)]
             with torch.set_grad_enabled(mode != INFERENCE):
                 for start, end in pairs:
-                    if cold:
-                        self.flush()
+                    self.flush()
                     start.record()
                     call()
                     end.record()
@@ -143,8 +144,6 @@ class Gpu(Place):
 
     def flush(self) -> None:
         """Puts other data into the whole L2 cache; the processor meanwhile gets ahead with the launches."""
-        if self.dirt is None:
-            self.dirt = torch.empty(max(2 * self.l2, 1), dtype=torch.int8, device=self.device)
         self.dirt.zero_()
 
     def captured(self, call: Callable[[], dict[str, Tensor]], mode: str) -> Callable[[], None]:
@@ -185,7 +184,7 @@ class Gpu(Place):
             return seconds, torch.cuda.max_memory_allocated() - before
 
     def limits(self) -> Ceilings:
-        return ceilings.measure(self.device, lambda call: self.by_events(call, INFERENCE, False))
+        return ceilings.measure(self.device, lambda call: self.by_events(call, INFERENCE))
 
     def machine(self) -> dict[str, Any]:
         return record.machine() | gpu()

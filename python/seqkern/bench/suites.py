@@ -26,6 +26,6 @@ SUITES: dict[str, Suite] = {
     "attention": Suite(attention.rows(), "B,H,L,D", seconds=3.0),
     "transformer": Suite(transformer.rows(), "B,L"),
     "sdpa-sweep": Suite(attention.sweep(), "B,H,L,S,D", rounds=7, seconds=0.25),
-    "rnn-cuda": Suite(recurrent_gpu.rows(), "B,T,I,H", rounds=7, seconds=0.7, device="cuda"),
-    "attention-cuda": Suite(attention_gpu.rows(), "B,H,L,D", rounds=7, seconds=0.5, device="cuda"),
+    "rnn-cuda": Suite(recurrent_gpu.rows(), "B,T,I,H", rounds=7, seconds=0.35, device="cuda"),
+    "attention-cuda": Suite(attention_gpu.rows(), "B,H,L,D", rounds=7, seconds=0.3, device="cuda"),
 }

@@ -327,7 +327,9 @@ def _triton_avoids(call: Call) -> str | None:
     input = call.tensors[0]
     assert input is not None
     if not input.is_cuda or not _is_hopper(input.device.index or 0):
-        return "no GPU has shown it to be faster than torch's kernel yet; try it with seqkern.backend('triton')"
+        return (
+            "no GPU has shown it to be faster than torch's kernel yet; try it with seqkern.backend('triton')"
+        )
     if torch.compiler.is_compiling():
         return "under torch.compile it has not been timed; try it with seqkern.backend('triton')"
     if call.wanted is not None:
