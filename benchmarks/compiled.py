@@ -37,6 +37,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
+    torch.int32: "*i32",
 }
 COUNTED = ("HGMMA", "UTCHMMA", "HMMA", "FFMA", "FFMA2", "LDGSTS", "LDL", "STL", "BAR")
 
@@ -96,7 +97,7 @@ def pretending(arch: int, case: Case, into: list):
     """The launchers as on a GPU of this architecture, each launch noted down instead of made."""
     matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
     with (
-        mock.patch.object(rnn, "launch", lambda *launch: into.append(launch)),
+        mock.patch.object(rnn, "launch", lambda *launch, **_: into.append(launch)),
         mock.patch.object(tuning, "arch_of", return_value=arch),
         mock.patch.object(tuning_cache, "measured", return_value={}),
         tuning_cache.forced({}, steps=case.path != "sequence"),

@@ -81,8 +81,8 @@ def attend_all(
 ):  # fmt: skip
     """The keys begin..end (multiples of BLOCK_N, or S) for queries first..last -> acc, running maximum and sum.
 
-    0 times what a mask hides is NaN where that is NaN or infinite. Not to read what is hidden from all makes every block
-    wait for its mask: RETRIES does so only where a NaN came out.
+    0 times what a mask hides is NaN where that is NaN or infinite. Not to read what is hidden from all makes every
+    block wait for its mask: RETRIES does so only where a NaN came out.
     """
     GUARD: tl.constexpr = mods.mask is not None and not RETRIES
     lo, full_lo, full_hi, hi = key_range(first, last, S, d, mods, BLOCK_N)
@@ -93,7 +93,7 @@ def attend_all(
         q, k, v, base_k, base_v, b, h, i, first, last, L, S, d, lo, full_lo, full_hi, hi, scale, mods,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, GUARD,
     )  # fmt: skip
-    if mods.mask is not None and RETRIES:
+    if mods.mask is not None and RETRIES:  # noqa: SIM102  # the outer one is decided when the kernel is compiled
         if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
             acc, m, l = attend_ranges(
                 q, k, v, base_k, base_v, b, h, i, first, last, L, S, d, lo, full_lo, full_hi, hi, scale, mods,

@@ -265,7 +265,7 @@ def queries_kernel(
             qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, dbias, scale, mods,
             D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, GUARD,
         )  # fmt: skip
-        if mods.mask is not None and RETRIES:
+        if mods.mask is not None and RETRIES:  # noqa: SIM102  # the outer one is decided when the kernel is compiled
             if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:  # as in `attend_all`
                 acc, dslope = queries_ranges(
                     qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, dbias, scale, mods,

@@ -5,8 +5,8 @@ Each program keeps the rows of the recurrent weights that belong to its units. A
 of sequences have done so. The launch is cooperative: the driver refuses a grid that cannot run at once, where waiting
 would never end.
 
-Sizes, layout and what None means are those of `seqkern.kernels.scan`, without a projection. The grid of both is (tiles
-of H, tiles of B, D). Persistent RNNs: Diamos et al. 2016.
+Sizes, layout and what None means are those of `seqkern.kernels.scan`, without a projection. The grid is (programs of a
+tile of B, tiles of B, D). Persistent RNNs: Diamos et al. 2016.
 """
 
 import triton

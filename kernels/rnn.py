@@ -1,18 +1,19 @@
 """Launchers of the recurrent kernels: implementations of ``seqkern::rnn_forward`` and ``seqkern::rnn_backward``.
 
 Arguments, forms and results are those of the ops. A dense or packed call runs as one launch for all steps where the
-weights fit on chip, else as one launch for each step. Nothing here waits for the GPU, and dense calls copy nothing from
-the host, so that they can be captured in a CUDA graph.
+weights fit on one multiprocessor or spread over many, else as one launch for each step. A dense call neither waits for
+the GPU nor copies from the host, so that it can be captured in a CUDA graph; of a packed one the lengths are copied.
 
 The reserve is [D, N, R, H] in float32, as the C++ kernels lay it out.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqkern.kernels import persistent, scan, step, tuning
+from seqkern.kernels import persistent, scan, step, tuning, tuning_cache
 from seqkern.kernels.cells import CELLS
 from seqkern.kernels.layer import Layer
 
@@ -28,17 +29,17 @@ def launch(
     kernel[grid](**arguments, **constants, num_warps=config.warps, num_stages=config.stages, **options)
 
 
+@cache
 def in_one_launch(cell: str, dtype: torch.dtype, device: torch.device, B: int, H: int, D: int) -> bool:
     """Whether all steps of a dense or packed call without a projection run in one launch, forward and backward."""
-    c = CELLS[cell]
-    for way in ("forward", "backward"):
-        p = tuning.Problem("", cell, c.G, c.R, c.HAS_C, dtype, dtype != torch.float32, B, H, H, D, False)
-        arch = tuning.arch_of(device)
-        if tuning.choose(arch, p._replace(kernel=f"sequence_{way}")):
-            continue
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        if not tuning.persistent_config(arch, processors, p._replace(kernel=f"persistent_{way}")):
-            return False
+    c, arch = CELLS[cell], tuning.arch_of(device)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    with tuning_cache.forced({}):
+        for way in ("forward", "backward"):
+            p = tuning.Problem("", cell, c.G, c.R, c.HAS_C, dtype, dtype != torch.float32, B, H, H, D, False)
+            whole, spread = (p._replace(kernel=f"{kind}_{way}") for kind in ("sequence", "persistent"))
+            if not (tuning.choose(arch, whole) or tuning.persistent_config(arch, processors, spread)):
+                return False
     return True
 
 

@@ -43,7 +43,7 @@ class Config(NamedTuple):
 class Problem(NamedTuple):
     """What a configuration is chosen for."""
 
-    kernel: str  # sequence_forward, sequence_backward, step_forward or step_backward
+    kernel: str  # sequence_, persistent_ or step_, then forward or backward
     cell: str
     G: int
     R: int
@@ -156,6 +156,9 @@ def step_candidates(arch: int, p: Problem) -> list[Config]:
     return busy + [c for c in found[::-1] if c not in busy]
 
 
+LARGEST = 1024  # units that a persistent kernel has run with
+
+
 def tiled(n: int, block: int) -> int:
     """n rounded up to whole blocks."""
     return -(-n // block) * block
@@ -174,7 +177,8 @@ def persistent_bytes(p: Problem, c: Config) -> int:
 def persistent_config(arch: int, processors: int, p: Problem) -> Config | None:
     """Of a persistent kernel on so many multiprocessors; None where it does not fit or nothing is known of it."""
     force = tuning_cache.force.get()
-    if force.steps or p.projects or p.dtype.itemsize != 2 or not (arch >= 90 or force.persistent):
+    known = 90 <= arch < 100 or force.persistent
+    if force.steps or p.projects or p.dtype.itemsize != 2 or p.H > LARGEST or not known:
         return None
     for block_b in (16, 32):
         # 64 rows of weights, the least that wgmma takes, in chunks of the depth.

@@ -36,9 +36,10 @@ DELTA_ROWS = (
 WEIGHTS_BLOCK = 64  # queries and keys of a block of weights that a program writes
 
 
-# Of sm_90: the fastest on an H200 (docs/decisions.md), which for 64 rows are four warps: eight would share the columns of
-# a product among warp groups. Of the others: the largest of the tried blocks that the compiler fits into registers without
-# spilling, for causal calls and, in the last line, for all options at once (benchmarks/results/attention_compiled.jsonl).
+# Of sm_90: the fastest on an H200 (docs/decisions.md), which for 64 rows are four warps: eight would share the
+# columns of a product among warp groups. Of the others: the largest of the tried blocks that the compiler fits into
+# registers without spilling, for causal calls and, in the last line, for all options at once
+# (benchmarks/results/attention_compiled.jsonl).
 # (generation, extras, where 2 stands for more) -> head size, rounded up -> Config.
 FORWARD = {
     (80, 0): {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(64, 64, 8, 2)},
@@ -64,7 +65,7 @@ QUERIES = {
     (90, 0): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(64, 32, 8, 2)},
     (90, 1): {64: Config(64, 32, 4, 3), 128: Config(64, 32, 4, 3), 256: Config(64, 32, 8, 1)},
     (90, 2): {64: Config(64, 32, 4, 3), 128: Config(64, 32, 4, 3), 256: Config(64, 32, 8, 1)},
-    (100, 0): {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    (100, 0): {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
     (100, 2): {64: Config(64, 32, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(64, 32, 8, 1)},
 }
 # float32 is multiplied without tensor cores, the operands of each product in registers: small blocks everywhere. Two
@@ -80,8 +81,8 @@ TF32 = {
     "queries": {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
 }
 # The least keys (in `keys` queries) that a product of weights sums over on tensor cores. Triton 3.6 lays out its left
-# operand by the narrowest number that it was made of: the bytes of a mask make groups of four, which need 32, and with 16
-# the product is wrong.
+# operand by the narrowest number that it was made of: the bytes of a mask make groups of four, which need 32, and with
+# 16 the product is wrong.
 LEAST_SUMMED = 32
 DECODE = {64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 3)}  # head size -> block_n, num_warps, num_stages
 # Shared memory of a program on consumer GPUs (sm_86, sm_89, sm_120) is 99 KiB, of the others at least 163.

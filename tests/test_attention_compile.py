@@ -87,6 +87,18 @@ SLOW = [
 ]
 
 
+# Cases that may spill as many bytes as the table says; all others none.
+SPILLING = {
+    # With every option at once an H200 ran these blocks faster than the smaller ones that do not spill.
+    *cases([90], ["keys", "queries"], ["bfloat16"], [128], ["everything"]),
+    # Three and four words, kept before the loops and read after them: the assembler stops at the registers with which
+    # one more program fits a multiprocessor. Smaller blocks would be too narrow for a mask (`LEAST_SUMMED`), or be
+    # every other architecture's too.
+    *cases([89], ["keys"], ["bfloat16"], [256], ["causal"]),
+    *cases([100], ["queries"], ["float32"], [128], ["causal"]),
+}
+
+
 def launched(case: Compiled) -> Launch:
     few = case.kernel in ("decode", "combine")
     sizes = (
@@ -133,12 +145,11 @@ def table() -> dict[Compiled, dict]:
     "case", [*DEFAULT, *(pytest.param(c, marks=pytest.mark.slow) for c in SLOW)], ids=str
 )
 def test_budget(case):
-    row = compiled(case)
-    assert row["spills"] == 0, row
+    row, known = compiled(case), table()[case]
+    assert row["spills"] <= (known["spills"] if case in SPILLING else 0), row
     assert row["shared"] <= SHARED_LIMIT[case.arch], row
     if case.dtype != "float32":  # which is multiplied exactly, without tensor instructions
         assert row["tensor"] in ({TENSOR[case.arch]} if case.kernel in SWEEP else {*TENSOR.values(), ""}), row
-    known = table()[case]
     if known["triton"] == row["triton"]:
         for name, slack in (("registers", 1.05), ("shared", 1.0), ("instructions", 1.05)):
             assert row[name] <= slack * known[name], f"{case}: {name} grew from {known[name]} to {row[name]}"
@@ -146,6 +157,7 @@ def test_budget(case):
 
 def test_table_is_of_these_cases():
     assert table().keys() == {*DEFAULT, *SLOW}
+    assert {case for case, row in table().items() if row["spills"]} == SPILLING
 
 
 if __name__ == "__main__":

@@ -6,9 +6,13 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqkern
+from seqkern.dispatcher import choice as stand_ins
+from seqkern.kernels import rnn
 from seqkern.ops import _attention_backends, _backend, _library, _linear_backends
+from seqkern.spec.attention import Options, Tensors
 
 NATIVE = _library.native()
 
@@ -156,6 +160,167 @@ def test_triton_is_left_aside_until_a_gpu_has_shown_it_faster(monkeypatch):
     monkeypatch.setattr(_backend, "special", 1)
     gru, x = seqkern.nn.GRU(3, 4), torch.randn(2, 1, 3)
     torch.testing.assert_close(torch.compile(gru, fullgraph=True, backend="aot_eager")(x), gru(x))
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """A GPU that the rules take for a Hopper, whose kernels run every layer in one launch."""
+    asked = []
+
+    def in_one_launch(*sizes):
+        asked.append(sizes)
+        return True
+
+    monkeypatch.setattr(_backend, "_is_hopper", lambda index: True)
+    monkeypatch.setattr(rnn, "in_one_launch", in_one_launch)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return asked
+
+
+def empty(*shape, dtype=torch.bfloat16, grad=False):
+    """A tensor without data that says it is on a GPU."""
+    with FakeTensorMode():
+        return torch.empty(shape, dtype=dtype, device="cuda", requires_grad=grad)
+
+
+def layer_call(op="lstm", dtype=torch.bfloat16, T=64, B=5, H=7, P=0, D=1, packed=False, grad=False):
+    G = {"lstm": 4, "gru": 3}.get(op.removesuffix("_cell"), 1)
+    lead = () if op.endswith("_cell") else (D,)
+    rows = (B,) if op.endswith("_cell") else (T * B,) if packed else (T, B)
+    cx = empty(*lead, B, H, dtype=dtype) if op.startswith("lstm") else None
+    weights = [empty(G * H, 3, dtype=dtype, grad=grad), empty(G * H, P or H, dtype=dtype, grad=grad)]
+    tensors = (empty(*rows, 3, dtype=dtype), empty(*lead, B, P or H, dtype=dtype), cx, *(D * weights))
+    return _backend.Call(op, tensors)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ({}, None),
+        ({"op": "gru", "packed": True}, None),
+        ({"op": "rnn_relu", "D": 2}, None),
+        ({"dtype": torch.float16}, "cuDNN is faster in float16"),
+        ({"dtype": torch.float32}, "cuDNN is faster in float32"),
+        ({"T": 15}, "so few steps"),
+        ({"T": 16}, None),
+        ({"T": 15, "packed": True}, "so few steps"),
+        ({"T": 16, "packed": True}, None),
+        ({"T": 63, "grad": True}, "so few steps"),
+        ({"T": 64, "grad": True}, None),
+        ({"op": "lstm_cell"}, "a single step"),
+        ({"op": "gru_cell", "dtype": torch.float32}, "a single step"),
+        ({"P": 4}, "one by one"),
+    ],
+    ids=str,
+)
+def test_layers_on_hopper(on_hopper, call, says):
+    reason = _backend._triton_avoids(layer_call(**call))
+    assert reason is None if says is None else says in reason
+    sizes = (
+        call.get("op", "lstm"),
+        torch.bfloat16,
+        torch.device("cuda", 0),
+        16,
+        7,
+        call.get("D", 1),
+    )  # whole tiles of B
+    assert on_hopper == ([sizes] if says is None else [])
+
+
+def test_a_packed_layer_is_not_captured(on_hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "cannot be captured" in _backend._triton_avoids(layer_call(packed=True))
+    assert _backend._triton_avoids(layer_call()) is None
+
+
+def test_a_layer_that_fits_in_no_launch_on_hopper(on_hopper, monkeypatch):
+    monkeypatch.setattr(rnn, "in_one_launch", lambda *sizes: False)
+    assert "one by one" in _backend._triton_avoids(layer_call())
+
+
+def test_other_gpus_and_a_compiler_leave_triton_aside(on_hopper, monkeypatch):
+    with monkeypatch.context() as here:
+        here.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert "torch.compile" in _backend._triton_avoids(layer_call())
+    monkeypatch.setattr(_backend, "_is_hopper", lambda index: False)
+    assert "no GPU has shown it" in _backend._triton_avoids(layer_call())
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ({}, "cuDNN's kernel is faster"),
+        ({"dtype": torch.float16}, "cuDNN's kernel is faster"),
+        ({"causal": True}, "cuDNN's kernel is faster"),
+        ({"mask": True}, "cuDNN's kernel is faster"),
+        ({"window": (255, 0)}, None),
+        ({"window": (-1, 3)}, None),
+        ({"bias": True}, None),
+        ({"alibi": True, "dtype": torch.float16}, None),
+        ({"alibi": True, "grad": "query"}, "but for the gradient of a bias"),
+        ({"bias": True, "grad": "query"}, "but for the gradient of a bias"),
+        ({"bias": True, "grad": "bias"}, None),
+        ({"window": (255, 0), "grad": "query"}, None),
+        ({"bias": True, "dropout": 0.1}, "cuDNN's kernel is faster"),
+        ({"dtype": torch.float32}, "in float32 it has not been timed"),
+        ({"dtype": torch.float32, "window": (255, 0)}, "in float32 it has not been timed"),
+        ({"L": 64}, "so small a call"),
+        ({"L": 64, "window": (255, 0)}, "so small a call"),
+        # What torch's kernel does not know, however small.
+        ({"softcap": 30.0}, None),
+        ({"softcap": 30.0, "L": 64}, None),
+        ({"softcap": 30.0, "dtype": torch.float32}, None),
+        ({"lse": True}, None),
+    ],
+    ids=str,
+)
+def test_attention_on_hopper(on_hopper, call, says):
+    L, dtype = call.get("L", 4096), call.get("dtype", torch.bfloat16)
+    grad = call.get("grad")
+    q = empty(2, 8, L, 64, dtype=dtype, grad=grad == "query")
+    k, v = (empty(2, 8, 4096, 64, dtype=dtype) for _ in range(2))
+    left, right = call.get("window", (-1, 0 if call.get("causal") else -1))
+    tensors = Tensors(
+        q,
+        k,
+        v,
+        mask=empty(1, 1, L, 4096, dtype=torch.bool) if call.get("mask") else None,
+        bias=empty(1, 1, L, 4096, dtype=dtype, grad=grad == "bias") if call.get("bias") else None,
+        alibi_slopes=empty(8, dtype=torch.float32) if call.get("alibi") else None,
+    )
+    options = Options(0.125, call.get("softcap", 0.0), call.get("dropout", 0.0), left, right)
+    wanted = _attention_backends.Wanted(options, lse=call.get("lse", False))
+    reason = _backend._triton_avoids(_backend.Call("attention", tensors, wanted))
+    assert reason is None if says is None else says in reason
+
+
+def test_triton_needs_a_compiler_and_itself(on_hopper, monkeypatch):
+    call = layer_call("gru")
+    monkeypatch.setattr(_backend, "_unready", lambda: "Triton needs a C compiler")
+    assert _backend._triton_avoids(call) == "Triton needs a C compiler"
+    monkeypatch.undo()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(_backend.shutil, "which", lambda name: None)
+    assert "no gcc and no clang" in _backend._unready.__wrapped__()
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(_backend, "import_module", lambda name: 1 / 0)
+    assert "cannot be imported (ZeroDivisionError" in _backend._unready.__wrapped__()
+
+
+def test_stand_ins_leave_a_gpu_to_torch():
+    """The same whether or not somebody watches."""
+    call = layer_call("gru")
+    with _backend.watch() as seen:
+        assert not stand_ins.takes(call)
+    assert [made.declined for _, made in seen] == [(("seqkern", stand_ins.ON_GPU),)]
+
+
+def test_how_large_attention_must_be_on_hopper(on_hopper):
+    wanted = _attention_backends.Wanted(Options(0.125, window_left=255, window_right=0))
+    rows = int(_attention_backends.GPU_FLOP) // (4 * 1000 * 64)  # over 1000 keys
+    for n, small in ((rows - 1, True), (rows, False)):
+        tensors = Tensors(empty(1, 1, n, 64), *(empty(1, 1, 1000, 64) for _ in range(2)))
+        assert bool(_backend._triton_avoids(_backend.Call("attention", tensors, wanted))) == small
 
 
 @pytest.mark.parametrize(

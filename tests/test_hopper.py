@@ -3,6 +3,7 @@
 The backward kernels run in Triton's interpreter too; the forward, in Gluon, runs on such a GPU alone.
 """
 
+import warnings
 from unittest import mock
 
 import pytest
@@ -156,6 +157,31 @@ def test_an_output_that_tma_cannot_write(ran):
     output, lse, shares = empty_outputs(t, o)
     serve.forward(t, o, laid_out(output, "offset"), lse, shares)
     assert ran == [attention]
+
+
+@pytest.fixture
+def lacking(monkeypatch):
+    """A Triton without what the kernels for Hopper import."""
+
+    def fails(name):
+        raise ImportError(f"{name} needs what is not there")
+
+    serve.hopper.cache_clear()
+    monkeypatch.setattr(serve, "import_module", fails)
+    yield
+    serve.hopper.cache_clear()
+
+
+def test_an_import_that_fails_warns_once_and_leaves_the_portable_kernels(ran, lacking):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            serve_both(call())
+    assert ran == 3 * [attention, attention_backward]
+    assert [each.category for each in seen] == 2 * [RuntimeWarning]  # one for each module
+    for name, each in zip(("hopper", "hopper_backward"), seen):
+        assert f"seqkern.kernels.{name} needs what is not there" in str(each.message)
+        assert "the portable ones run instead" in str(each.message)
 
 
 # What the compiler makes of them

@@ -97,7 +97,7 @@ def test_what_is_chosen_unasked(kind, dtype, H, T, name):
     ids=str,
 )
 def test_attention_that_is_chosen_unasked(options, name):
-    q, k, v = torch.randn(3, 2, 8, 2048, 64, device="cuda", dtype=torch.bfloat16)
+    q, k, v = torch.randn(3, 2, 8, 4096, 64, device="cuda", dtype=torch.bfloat16)
     with watch() as seen:
         output = seqkern.functional.attention(q, k, v, **options)
     assert [choice.name for _, choice in seen] == [name]

@@ -87,7 +87,8 @@ def check(cell, form, bidirectional, steps, dtype, shape, bias=True, proj=0):
             seeds = range(draw * many, (draw + 1) * many) if many > 1 else [T + H + 100 * draw]
             cases = [make(cell, form, dtype, **options, seed=seed) for seed in seeds]
             try:
-                return check_op(*cases, what=f"{cell} {form} {options} steps={steps}")
+                check_op(*cases, what=f"{cell} {form} {options} steps={steps}")
+                return
             except AssertionError as e:
                 if draw == draws - 1 or "output" in str(e):
                     raise

@@ -98,8 +98,8 @@ class Place:
 
 
 class Gpu(Place):
-    """The current GPU. Calls are timed one by one, by events on its stream, each with a cold L2 cache and after work that
-    lasts longer than the processor takes to launch most of them: what a GPU does that has been kept busy.
+    """The current GPU. Calls are timed one by one, by events on its stream, each with a cold L2 cache and after work
+    that lasts longer than the processor takes to launch most of them: what a GPU does that has been kept busy.
 
     ``event``, ``wait`` and ``device`` are replaced where there is no GPU.
     """

@@ -39,8 +39,8 @@ HEADINGS = {
     BF16: "bfloat16",
     LENGTHS: "the length of the sequence",
     GENERATION: "greedy decoding",
-    ON_CHIP: "recurrent weights on chip, all steps in one launch",
-    STEPS: "a launch for each step",
+    ON_CHIP: "recurrent weights that one multiprocessor holds",
+    STEPS: "weights that fit no multiprocessor",
     PACKED: "packed sequences, lengths even from 1 to T",
     GRAPHED: "every subject replayed as a CUDA graph",
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seqkern import functional
-from seqkern.dispatcher.choice import TOO_SMALL, attention_has_kernels, declined
+from seqkern.dispatcher.choice import ON_GPU, TOO_SMALL, attention_has_kernels, declined
 from seqkern.ops import _backend, _torchs_own
 from seqkern.ops._attention_backends import Wanted, too_small
 from seqkern.spec.attention import Options, Tensors
@@ -47,6 +47,7 @@ def scaled_dot_product_attention(own: Callable) -> Callable:
             return own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if not special or _backend.forced() is None:
             stays = _backend.in_transform() or (has_kernels and _stays(query, key, value, is_causal))
+            stays = stays or (not query.is_cpu and ON_GPU)
             if stays:
                 if special and isinstance(stays, str):
                     declined(

@@ -34,6 +34,7 @@ WORTH = {
     "rnn_tanh_cell": Worth(2, 1_000_000, 3_000_000),
     "rnn_relu_cell": Worth(2, 1_000_000, 3_000_000),
 }
+ON_GPU = "on a GPU torch's operators are left as they are unless a backend is forced"
 TOO_SMALL = "so little work is faster on torch's kernel than on its way here"
 
 
@@ -62,6 +63,8 @@ def takes(call: Call) -> bool:
         return False
     if forced == "torch":
         return declined(call, ())
+    if forced is None and (input := call.tensors[0]) is not None and not input.is_cpu:
+        return declined(call, (("seqkern", ON_GPU),))
     choice = _backend.pick(call)
     if forced is not None or choice.name in _backend.BY_OPS:
         return True
@@ -77,7 +80,7 @@ def declined(call: Call, reasons: tuple[tuple[str, str], ...]) -> bool:
 @cache
 def attention_has_kernels(device: str) -> bool:
     """Whether any kernel of this package computes attention on such a device, left to itself."""
-    if device != "cpu":  # Triton's wait until a GPU has shown them faster
+    if device != "cpu":  # see ON_GPU
         return False
     t = Tensors(*(torch.empty((1, 1, 1, 16), device=device) for _ in range(3)))
     return _backend.declines("cpu", Call("attention", t, Wanted(Options(0.25)))) is None

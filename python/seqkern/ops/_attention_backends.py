@@ -111,10 +111,14 @@ def torch_outruns_on_gpu(t: Tensors, wanted: Wanted) -> str | None:
         return f"in {str(t.query.dtype)[6:]} it has not been timed; try it with seqkern.backend('triton')"
     if 4 * t.query.numel() * t.key.shape[-2] < GPU_FLOP:
         return "so small a call is over on torch's kernel before a launch of Triton's pays"
-    windowed = o.window_left >= 0 or o.window_right > 0
-    if windowed or t.bias is not None or t.alibi_slopes is not None:
-        return None  # torch reads a dense mask for them
-    return "cuDNN's kernel is faster"
+    if o.window_left >= 0 or o.window_right > 0:
+        return None  # torch reads a dense mask for it
+    if o.dropout_p > 0 or (t.bias is None and t.alibi_slopes is None):
+        return "cuDNN's kernel is faster"
+    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in t)
+    if grad and not (t.bias is not None and t.bias.requires_grad):
+        return "it has not been shown to be faster than torch's kernel but for the gradient of a bias"
+    return None
 
 
 def cpu_declines(t: Tensors) -> str | None:

@@ -11,10 +11,13 @@ cuda      the compiled CUDA kernels of this package (none yet)
 
 import importlib.util
 import os
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -315,6 +318,7 @@ def _torch_avoids(call: Call) -> str | None:
     return None
 
 
+@cache
 def _is_hopper(index: int) -> bool:
     return torch.cuda.get_device_capability(index)[0] == 9
 
@@ -323,7 +327,7 @@ _is_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as _n
 
 
 def _triton_avoids(call: Call) -> str | None:
-    """Why the Triton kernels are left aside unless they are forced: fixed rules from what docs/decisions.md tells of."""
+    """Why the Triton kernels are left aside unless they are forced: fixed rules, as docs/decisions.md tells."""
     input = call.tensors[0]
     assert input is not None
     if not input.is_cuda or not _is_hopper(input.device.index or 0):
@@ -332,27 +336,52 @@ def _triton_avoids(call: Call) -> str | None:
         )
     if torch.compiler.is_compiling():
         return "under torch.compile it has not been timed; try it with seqkern.backend('triton')"
+    if reason := _unready():
+        return reason
     if call.wanted is not None:
         return _attention_backends.torch_outruns_on_gpu(call.tensors, call.wanted)  # type: ignore[arg-type]
     return _recurrent_on_gpu(call.op, call.tensors)
 
 
+@cache
+def _unready() -> str:
+    """What Triton lacks here to launch a kernel; empty if nothing."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler for its launchers, and there is no gcc and no clang"
+    try:
+        import_module("seqkern.kernels.rnn")
+    except Exception as e:  # whatever a Triton that was not made for this machine raises
+        return f"Triton cannot be imported ({type(e).__name__}: {e})"
+    return ""
+
+
+def _directions(hx: Tensor, weights: Sequence[Tensor | None]) -> int:
+    """Directions of a stack of layers, of which each has as many weights; two where nothing tells."""
+    groups, each = hx.shape[0], len(weights) // max(hx.shape[0], 1)
+    if groups % 2 or len(weights) <= each:
+        return 1
+    first, second = weights[0], weights[each]
+    return 2 if first is None or second is None or first.shape == second.shape else 1
+
+
 def _recurrent_on_gpu(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     """Why cuDNN runs a recurrent layer on a Hopper GPU."""
-    input, hx, _, _, w_hh = tensors[:5]
-    assert input is not None and hx is not None and w_hh is not None
+    input, hx, cx = tensors[:3]
+    assert input is not None and hx is not None
     if op.endswith("_cell"):
         return "a single step takes as long to launch on torch's kernel"
     if input.dtype != torch.bfloat16:
         return f"cuDNN is faster in {str(input.dtype)[6:]}"
-    B, H, P = hx.shape[-2], hx.shape[-1], w_hh.shape[1]
+    B, H = hx.shape[-2:]
     steps = input.shape[0] // (1 if input.dim() == 3 else max(B, 1))
     if steps < (GPU_STEPS_BELOW_A_GRADIENT if needs_grad(tensors) else GPU_STEPS):
         return "so few steps take as long to launch on torch's kernel"
-    from seqkern.kernels import rnn  # imports Triton
-
-    D = 1 if hx.shape[0] == 1 else 2  # or two layers
-    if P != H or not rnn.in_one_launch(op, input.dtype, input.device, B, H, D):
+    if input.dim() == 2 and torch.cuda.is_current_stream_capturing():
+        return "a packed call cannot be captured in a CUDA graph"
+    rnn = import_module("seqkern.kernels.rnn")  # not at the top: it imports Triton
+    projected = cx is not None and cx.shape[-1] != H
+    D, tiles = _directions(hx, tensors[3:]), -(-B // 16) * 16
+    if projected or not rnn.in_one_launch(op, input.dtype, input.device, tiles, H, D):
         return "its steps would be launched one by one"
     return None
 
