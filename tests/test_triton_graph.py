@@ -9,11 +9,14 @@ from seqkern.ops._backend import watch
 from seqkern.testing import make_case, run_op
 
 pytestmark = pytest.mark.gpu
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="measured on Hopper"
+)
 
 
-@pytest.mark.parametrize("steps", [False, True], ids=["sequence", "steps"])
+@pytest.mark.parametrize("way", ["", "steps", "persistent"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_a_captured_graph_replays(kind, steps):
+def test_a_captured_graph_replays(kind, way):
     layer = getattr(seqkern.nn, kind)(16, 32, bidirectional=True, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(7, 5, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     wanted = [x, *layer.parameters()]
@@ -22,7 +25,7 @@ def test_a_captured_graph_replays(kind, steps):
         output, _ = layer(x)
         return [output, *torch.autograd.grad(output.square().sum(), wanted)]
 
-    with seqkern.backend("triton"), tuning_cache.forced({}, steps=steps):
+    with seqkern.backend("triton"), tuning_cache.forced({}, **({way: True} if way else {})):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -69,9 +72,7 @@ CHOSEN = [
 ]
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="measured on Hopper"
-)
+@on_hopper
 @pytest.mark.parametrize(("kind", "dtype", "H", "T", "name"), CHOSEN)
 def test_what_is_chosen_unasked(kind, dtype, H, T, name):
     layer = getattr(seqkern.nn, kind)(16, H, device="cuda", dtype=dtype)
@@ -83,9 +84,7 @@ def test_what_is_chosen_unasked(kind, dtype, H, T, name):
     assert (output - want).norm() < 0.02 * want.norm()
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="measured on Hopper"
-)
+@on_hopper
 @pytest.mark.parametrize(
     ("options", "name"),
     [
