@@ -208,7 +208,9 @@ def run_torch(case: Case) -> dict[str, Tensor]:
     outs = [*outs, None][:3]
     if step:
         outs = [outs[0][0], None, outs[2] if outs[2] is None else outs[2][0]]
-    pairs = [(o, g.contiguous()) for o, g in zip(outs, case.grads, strict=True) if o is not None]
+    pairs = [
+        (o, g.contiguous()) for o, g in zip(outs, case.grads, strict=True) if o is not None and g is not None
+    ]
     wanted = [t for t in leaves if t is not None and t.is_floating_point()]
     found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs]))
     grads = [None if t is None else next(found) for t, name in _gradients(leaves)]
