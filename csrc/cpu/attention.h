@@ -1,56 +1,10 @@
 // All attention kernels of one ISA and their table. Included last in attention_*.cpp.
 #include "attention_backward.h"
+#include "attention_run.h"
+#include "step.h"
 
 namespace seqkern {
 namespace SEQKERN_ISA {
-
-// A line for the tickets, and what the parts of split keys leave.
-template <class A, class S>
-unsigned long attention_forward_bytes(const AttentionForward& c) {
-    const ForwardPlan<A> plan(c);
-    const long parts = plan.splits > 1 ? plan.units(c) * plan.together * plan.panel_size() : 0;
-    return 64 + sizeof(A) * static_cast<unsigned long>(parts);
-}
-
-template <class A, class S>
-void attention_forward_run(const AttentionForward& c, char* shared, const Team& team) {
-    unsigned long numbers = ForwardUnit<A, S>::numbers(c);
-    if (c.weights.p && WeightsUnit<A, S>::numbers(c) > numbers) numbers = WeightsUnit<A, S>::numbers(c);
-    Scratch scratch(sizeof(A) * numbers);
-    A* memory = static_cast<A*>(scratch.p);
-    long* next = reinterpret_cast<long*>(shared);
-    if (team.thread == 0) next[0] = next[1] = next[2] = 0;
-    if (!all_ready(team, memory)) return;
-    Barrier* all = &team.barriers[team.threads];
-    ForwardUnit<A, S> unit(c, memory);
-    const auto& plan = unit.plan;
-    const long units = plan.units(c), of_panel = plan.splits * plan.panel_size();
-    A* parts = reinterpret_cast<A*>(shared + 64);
-    for (long u; (u = take_ticket(next)) < units;) {
-        const long split = u % plan.splits, rest = u / plan.splits;
-        // The last queries of a causal call see most keys: they come first.
-        const long at = plan.blocks - 1 - rest % plan.blocks, group = rest / plan.blocks;
-        A* here = parts + (group * plan.blocks + at) * plan.together * of_panel;
-        unit.run(sequence(c, group / c.Hkv), group % c.Hkv, at, split, here);
-    }
-    if (plan.splits > 1) {
-        barrier(all, team.threads);
-        const long panels = plan.blocks * plan.together;
-        for (long u; (u = take_ticket(next + 1)) < c.B * c.Hkv * panels;) {
-            const Sequence s = sequence(c, u / panels / c.Hkv);
-            const HeadGroup<A> group(c, s, u / panels % c.Hkv);
-            if (u % panels < group.panels()) unit.combine(s, group.panel(u % panels), parts + u * of_panel);
-        }
-    }
-    if (!c.weights.p) return;
-    barrier(all, team.threads);
-    WeightsUnit<A, S> weights(c, memory);
-    const long blocks = ceil_div(c.L, Panel<A>::W), heads = c.mean ? 1 : c.Hq;
-    for (long u; (u = take_ticket(next + 2)) < c.B * heads * blocks;) {
-        const long h = u / blocks % heads;
-        weights.run(u / blocks / heads, c.mean ? 0 : h, c.mean ? c.Hq : h + 1, u % blocks * Panel<A>::W);
-    }
-}
 
 // CALL(A, S): arithmetic and storage of a dtype.
 #define SK_FOR_DTYPE(dtype, CALL)        \
@@ -91,8 +45,22 @@ static void attention_backward(const AttentionBackward& c, char* shared, const T
 #undef SK_CALL
 }
 
-static const AttentionTable attention_table = {attention_forward_shared, attention_forward,
-                                               attention_backward_shared, attention_backward};
+static unsigned long transformer_step_shared(const StepCall& c) {
+#define SK_CALL(A, S) step_bytes<A, S>(c)
+    SK_FOR_DTYPE(c.dtype, SK_CALL)
+#undef SK_CALL
+    return 0;
+}
+
+static void transformer_step(const StepCall& c, char* shared, const Team& team) {
+#define SK_CALL(A, S) step_run<A, S>(c, shared, team)
+    SK_FOR_DTYPE(c.dtype, SK_CALL)
+#undef SK_CALL
+}
+
+static const AttentionTable attention_table = {attention_forward_shared,  attention_forward,
+                                               attention_backward_shared, attention_backward,
+                                               transformer_step_shared,   transformer_step};
 
 }  // namespace SEQKERN_ISA
 }  // namespace seqkern

@@ -2,7 +2,7 @@
 // stands in python/seqkern/spec/attention.py.
 #pragma once
 
-#include "kernels.h"
+#include "linear_call.h"
 
 namespace seqkern {
 
@@ -63,11 +63,43 @@ struct AttentionBackward : AttentionCall {
     double *d_slopes, *d_sinks;   // [B, Hq] each; null: not wanted
 };
 
+// y = x W^T + b, of few rows. w: [N, K], a row in one piece, rows ld apart. b: [N] or null.
+struct Weights {
+    const void* w;
+    long ld;
+    const void* b;
+};
+
+// y = (x - mean) / sqrt(variance + eps) w + b. w, b: [E] or null.
+struct LayerNorm {
+    const void *w, *b;
+    double eps;
+};
+
+// One new position of each sequence through a layer of a transformer. Sizes: B sequences, E features, F of
+// the feed-forward.
+struct StepCall {
+    Dtype dtype;
+    long B, E, F;
+    bool norm_first;
+    Activation activation;
+    const void* x;  // [B, E]
+    void* y;        // [B, E]
+    // What the positions so far are, the new one included, and the memory: both without query, output and
+    // log-sum-exp. memory.k.p is null where there is none.
+    AttentionForward own, memory;
+    Result new_k, new_v;  // where the new position's keys and values go, [B, H, D]
+    Weights own_in, own_out, memory_in, memory_out, up, down;  // own_in: [3 E, E]; memory_in: [E, E]
+    LayerNorm norms[3];                                        // behind or before each part that there is
+};
+
 struct AttentionTable {
     unsigned long (*forward_shared_bytes)(const AttentionForward&);
     void (*forward)(const AttentionForward&, char* shared, const Team&);
     unsigned long (*backward_shared_bytes)(const AttentionBackward&);
     void (*backward)(const AttentionBackward&, char* shared, const Team&);
+    unsigned long (*step_shared_bytes)(const StepCall&);
+    void (*step)(const StepCall&, char* shared, const Team&);
 };
 
 const AttentionTable* attention_baseline_table();

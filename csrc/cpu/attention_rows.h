@@ -105,17 +105,6 @@ SK_INLINE Span overlap(Span a, Span b) {
     return {begin, max_of(begin, min_of(a.end, b.end))};
 }
 
-// Columns as whole vectors, and the row stride of a buffer for them: never a power of two, for the cache's
-// sets.
-template <class A>
-SK_INLINE long padded(long size) {
-    return ceil_div(size, Simd<A>::n) * Simd<A>::n;
-}
-template <class A>
-SK_INLINE long buffer_ld(long size) {
-    return padded<A>(size) + Simd<A>::n;
-}
-
 template <class A>
 struct Rows {
     const A* p;

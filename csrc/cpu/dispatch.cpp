@@ -100,6 +100,11 @@ int threads_for(const LinearCall& c) {
     return threads_worth(2.0 * static_cast<double>(c.rows) * static_cast<double>(c.K * c.N));
 }
 
+int threads_for(const StepCall& c) {
+    const double weights = static_cast<double>(c.E) * ((c.memory.k.p ? 6.0 : 4.0) * c.E + 2.0 * c.F);
+    return threads_worth(2.0 * static_cast<double>(c.B) * weights);
+}
+
 int threads_for(const Product& c) {
     return threads_worth(2.0 * static_cast<double>(c.rows) * static_cast<double>(c.columns * c.depth));
 }
@@ -307,6 +312,12 @@ void attention_forward(AttentionForward call) {
 void attention_backward(const AttentionBackward& call) {
     const AttentionTable& table = *in_use().attention;
     run(call, table.backward_shared_bytes(call), table.backward);
+}
+
+void transformer_step(StepCall call) {
+    const AttentionTable& table = *in_use().attention;
+    call.own.threads = call.memory.threads = threads_for(call);
+    run(call, table.step_shared_bytes(call), table.step);
 }
 
 void linear(const LinearCall& call) {

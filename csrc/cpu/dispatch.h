@@ -25,6 +25,7 @@ void forward(const ForwardCall& call);
 void backward(const BackwardCall& call);
 void attention_forward(AttentionForward call);
 void attention_backward(const AttentionBackward& call);
+void transformer_step(StepCall call);
 void linear(const LinearCall& call);
 void product(const Product& call);
 

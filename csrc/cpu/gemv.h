@@ -24,6 +24,10 @@ SK_INLINE Vec<A> lane_sums(Vec<A>* v) {
     }
 }
 
+// Vectors x that are multiplied with a vector of weights while it is in a register. Each has four sums, and
+// of sixteen registers one must be left for a factor.
+constexpr int ROWS_TOGETHER = SEQKERN_ACCUMULATORS < 16 ? 3 : 4;
+
 // One vector x[K] that many rows are multiplied with.
 template <class E>
 struct Multiplied {
@@ -97,7 +101,7 @@ SK_INLINE void dot_rows(const S* w, long ldw, long count, const Multiplied<E>* b
 }
 
 // o[row][0..n) (row stride ldo) (+)= the first `count` rows of w times each of a[row][K].
-template <class E, int M = 4, class S>
+template <class E, int M = ROWS_TOGETHER, class S>
 void rows_as_they_lie(const S* w, long ldw, long K, long count, long rows, const E* a, long lda, Sum<E>* o,
                       long ldo, bool accumulate) {
     using A = Sum<E>;
@@ -115,7 +119,46 @@ void rows_as_they_lie(const S* w, long ldw, long K, long count, long rows, const
         rows -= M, a += M * lda, o += M * ldo;
     }
     if constexpr (M > 1)
-        if (rows > 0) rows_as_they_lie<E, M / 2>(w, ldw, K, count, rows, a, lda, o, ldo, accumulate);
+        if (rows > 0) rows_as_they_lie<E, (M + 1) / 2>(w, ldw, K, count, rows, a, lda, o, ldo, accumulate);
+}
+
+constexpr int ROWS_AHEAD = 8;  // of w, which comes from memory
+
+template <class A, int M, int AHEAD, class S, class Put>
+SK_INLINE void few_rows_tile(const S* w, long ldw, long K, long count, const A* x, long ldx, const Put& put) {
+    Multiplied<A> by[M];
+    Vec<A> out[M];
+    SK_UNROLL
+    for (int m = 0; m < M; ++m) by[m] = Multiplied<A>(x + m * ldx, K);
+    dot_rows<A, M, AHEAD>(w, ldw, count, by, out);
+    SK_UNROLL
+    for (int m = 0; m < M; ++m) put(m, out[m]);
+}
+
+// A thread's share of x[rows][K] times the N rows of w: put(row, j, count, sums) gets a vector of them for
+// each row, of which the first `count` count.
+template <class A, class S, class Put>
+SK_INLINE void few_rows(const S* w, long ldw, long K, long N, const A* x, long ldx, long rows, long thread,
+                        long threads, const Put& put) {
+    constexpr long n = Simd<A>::n, M = ROWS_TOGETHER;
+    const long blocks = ceil_div(N, n), end = blocks * (thread + 1) / threads * n;
+    for (long j = blocks * thread / threads * n; j < end; j += n) {
+        const long count = min_of(n, N - j);
+        const S* here = w + j * ldw;
+        long row = 0;
+        const auto put_here = [&](int m, Vec<A> sums) { put(row + m, j, count, sums); };
+        // The first rows fetch the weights, the others find them in a cache.
+        if (rows >= M) {
+            few_rows_tile<A, M, ROWS_AHEAD>(here, ldw, K, count, x, ldx, put_here);
+            row = M;
+        } else {
+            few_rows_tile<A, 1, ROWS_AHEAD>(here, ldw, K, count, x, ldx, put_here);
+            row = 1;
+        }
+        for (; row + M <= rows; row += M)
+            few_rows_tile<A, M, 0>(here, ldw, K, count, x + row * ldx, ldx, put_here);
+        for (; row < rows; ++row) few_rows_tile<A, 1, 0>(here, ldw, K, count, x + row * ldx, ldx, put_here);
+    }
 }
 
 }  // namespace SEQKERN_ISA

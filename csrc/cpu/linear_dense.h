@@ -3,10 +3,9 @@
 // threads.
 #pragma once
 
+#include "activation.h"
 #include "gemm_bf16.h"
-#include "linear_call.h"
 #include "parallel.h"
-#include "vmath.h"
 
 namespace seqkern {
 namespace SEQKERN_ISA {
@@ -15,14 +14,6 @@ constexpr unsigned long DENSE_PANEL_BYTES = 512u << 10;  // of B, packed at once
 constexpr long DENSE_CHUNK = 2048;                       // rows between two packings of the same panel
 constexpr long DENSE_STEPS = 512;                        // along the depth, between two visits of a sum
 constexpr long DENSE_UNITS = 4;                          // pieces of work for each thread, at least
-
-template <class A>
-SK_INLINE Vec<A> activated(Activation activation, Vec<A> x) {
-    if (activation == Activation::relu) return at_least<A>(x, 0);
-    if constexpr (__is_same(A, float))
-        if (activation == Activation::gelu) return gelu(x);
-    return x;
-}
 
 template <class A, class S>
 struct DenseProduct {

@@ -238,5 +238,16 @@ SK_INLINE long min_of(long a, long b) { return a < b ? a : b; }
 SK_INLINE long max_of(long a, long b) { return a > b ? a : b; }
 SK_INLINE long ceil_div(long a, long b) { return (a + b - 1) / b; }
 
+// Columns as whole vectors, and the row stride of a buffer for them: never a power of two, for the cache's
+// sets.
+template <class A>
+SK_INLINE long padded(long size) {
+    return ceil_div(size, Simd<A>::n) * Simd<A>::n;
+}
+template <class A>
+SK_INLINE long buffer_ld(long size) {
+    return padded<A>(size) + Simd<A>::n;
+}
+
 }  // namespace SEQKERN_ISA
 }  // namespace seqkern

@@ -152,6 +152,13 @@ class KVCache:
         self._real[:, length:wanted] = True if padding is None else ~padding
         return self._real[:, None, None, :wanted]
 
+    def storage(self, layer: int, like: Tensor, heads: int) -> Tensor:
+        """[B, 2, H, capacity, D], a layer's keys and values for rows ``like`` [B, n, E]; made when it is new."""
+        if layer == len(self._own):
+            B, _, E = like.shape
+            self._own.append(like.new_empty(B, 2, heads, self._capacity, E // heads))
+        return self._own[layer]
+
     def write(self, layer: int, pair: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, 2, H, n, D] of a layer's new positions -> those of all positions, [B, H, S, D] each."""
         length, wanted = self._length, self._length + pair.shape[3]

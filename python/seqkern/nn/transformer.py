@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from seqkern.functional import linear
 from seqkern.nn import _masks
+from seqkern.nn._modules import activation_name, unheard
+from seqkern.nn._step import in_one_call
 from seqkern.nn.attention import MultiheadAttention
 from seqkern.nn.cache import KVCache
 from seqkern.nn.generation import Generated, advance, generate
@@ -34,41 +36,22 @@ def _residual(layer, x: Tensor, *blocks: tuple[nn.Module, Callable[[Tensor], Ten
     return x
 
 
-def _unheard(module: nn.Module, known: type[nn.Module]) -> bool:
-    """Whether calling the module is what its class does, and nobody listens: then its work can be done elsewhere."""
-    if torch.compiler.is_compiling() or type(module) is not known or "forward" in vars(module):
-        return False
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return not (hooks or module._backward_pre_hooks or nn.modules.module._has_any_global_hook())
-
-
 def _linear(module: nn.Module, x: Tensor, activation: str | None = None) -> Tensor:
-    if _unheard(module, nn.Linear):
+    if unheard(module, nn.Linear):
         return linear(x, module.weight, module.bias, activation)  # type: ignore[arg-type]
     return _FUNCTIONS[activation](module(x))
 
 
 def _dropped(module: nn.Module, x: Tensor) -> Tensor:
-    return x if not module.training and _unheard(module, nn.Dropout) else module(x)
+    return x if not module.training and unheard(module, nn.Dropout) else module(x)
 
 
 def _feed_forward(layer, x: Tensor) -> Tensor:
     """The two linear layers, with the activation in the first one's product where that knows it."""
-    known = _activation(layer.activation)
+    known = activation_name(layer.activation)
     x = _linear(layer.linear1, x, known)
     x = x if known else layer.activation(x)
     return _linear(layer.linear2, _dropped(layer.dropout, x))
-
-
-def _activation(function: Callable) -> str | None:
-    """The name by which `seqkern.functional.linear` knows the function."""
-    if function is F.relu or function is F.gelu:
-        return "relu" if function is F.relu else "gelu"
-    if isinstance(function, nn.ReLU) and _unheard(function, nn.ReLU):
-        return "relu"
-    if isinstance(function, nn.GELU) and function.approximate == "none" and _unheard(function, nn.GELU):
-        return "gelu"
-    return None
 
 
 _FUNCTIONS = {None: lambda x: x, "relu": F.relu, "gelu": F.gelu}
@@ -121,6 +104,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     def step(self, x: Tensor, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
         """The layer of new positions x [B, n, E], as `TransformerEncoder.step` calls it."""
+        if type(self) is TransformerEncoderLayer:
+            found = in_one_call(self, x, cache, layer, mask)
+            if found is not None:
+                return found
         own: MultiheadAttention = self.self_attn  # type: ignore[assignment]
         return _residual(
             self,
@@ -161,6 +148,10 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
     def step(self, x: Tensor, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
         """The layer of new positions x [B, n, E], as `TransformerDecoder.step` calls it."""
+        if type(self) is TransformerDecoderLayer:
+            found = in_one_call(self, x, cache, layer, mask)
+            if found is not None:
+                return found
         own: MultiheadAttention = self.self_attn  # type: ignore[assignment]
         cross: MultiheadAttention = self.multihead_attn  # type: ignore[assignment]
         return _residual(

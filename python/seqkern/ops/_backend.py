@@ -394,6 +394,11 @@ def forced() -> str | None:
     return name
 
 
+def unseen(name: str) -> bool:
+    """Whether a backend may run what is no call of its own: none other is forced, and nobody watches."""
+    return not special or (forced() in (None, name) and _watching.get() is None)
+
+
 def choose(call: Call, name: str | None = None) -> Choice:
     """The backend for a call, which `watch` sees; ``name`` forces one for this call, before `backend` and
     SEQKERN_BACKEND.

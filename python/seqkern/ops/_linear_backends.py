@@ -50,10 +50,15 @@ TERM_BY_TERM = frozenset(
 )
 
 
+def few_rows(dtype: torch.dtype) -> int:
+    """For how many rows at most weights are read as they lie."""
+    return FEW_ROWS if dtype.itemsize > 2 else FEW_ROWS_OF_16_BITS
+
+
 def torch_outruns(rows: int, weight: torch.Tensor, grad: bool) -> str | None:
     """Why torch's kernel is the faster one, or None."""
     dtype = weight.dtype
-    if not grad and rows <= (FEW_ROWS if weight.itemsize > 2 else FEW_ROWS_OF_16_BITS):
+    if not grad and rows <= few_rows(dtype):
         return "a linear layer of few weights" if weight.numel() < WEIGHTS_WORTH_IT else None
     flop = 2 * rows * weight.numel()
     if dtype in TERM_BY_TERM:

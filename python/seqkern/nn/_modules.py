@@ -1,0 +1,26 @@
+"""What the modules of torch.nn that a transformer is made of do, and whether it may be done elsewhere."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def unheard(module: nn.Module, known: type[nn.Module]) -> bool:
+    """Whether calling the module is what its class does, and nobody listens: then its work can be done elsewhere."""
+    if torch.compiler.is_compiling() or type(module) is not known or "forward" in vars(module):
+        return False
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return not (hooks or module._backward_pre_hooks or nn.modules.module._has_any_global_hook())
+
+
+def activation_name(function: Callable) -> str | None:
+    """The name by which `seqkern.functional.linear` knows the function."""
+    if function is F.relu or function is F.gelu:
+        return "relu" if function is F.relu else "gelu"
+    if isinstance(function, nn.ReLU) and unheard(function, nn.ReLU):
+        return "relu"
+    if isinstance(function, nn.GELU) and function.approximate == "none" and unheard(function, nn.GELU):
+        return "gelu"
+    return None
