@@ -7,9 +7,6 @@ namespace {
 
 using namespace seqkern;
 
-// Rows for which weights are read once and as they lie rather than packed.
-constexpr long FEW_ROWS = 16, FEW_ROWS_OF_16_BITS = 4;
-
 // A matrix whose rows or, `by_column`, columns are in one piece; a copy where it is neither.
 struct Matrix {
     Tensor kept;

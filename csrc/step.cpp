@@ -21,6 +21,7 @@ class Arguments {
         SK_REQUIRE(x.dim() == 2 && x.is_cpu(), "x has sizes ", written(x.sizes()),
                    ", expected [B, E] on the CPU");
         call.B = x.size(0), call.E = x.size(1);
+        SK_REQUIRE(call.B <= FEW_ROWS, "x has ", call.B, " rows, expected at most ", FEW_ROWS);
         of_own(own, length, own_mask);
         const bool remembers = keys.has_value();
         if (remembers) of_memory(*keys, values, memory_mask, memory_bias);

@@ -274,6 +274,7 @@ def test_layouts():
 
 BAD = {
     "x has sizes": {"x": torch.randn(2, 1, 8)},
+    "x has 17 rows, expected at most 16": {"x": torch.randn(17, 8)},
     "own has sizes": {"own": torch.randn(3, 2, 2, 4, 4)},
     "of 8 features": {"own": torch.randn(2, 2, 2, 4, 3)},
     "length is 4, expected less than own's capacity 4": {"length": 4},

@@ -41,15 +41,104 @@ SK_INLINE void join_softmax_along_keys(A* scores, long keys, A* m, A* l, A* out,
     for (long at = 0; at < Nv; at += n) store<A>(out + at, load<A>(out + at) * fade);
 }
 
-// Keys and values of more bytes than this come from memory.
-constexpr long FAR_BYTES = 40000000;
+// Some keys as few_rows reads weights, from several places by turns: `each` to a stream, a whole number of
+// vectors, of which the last streams may lack some.
+struct KeyStreams {
+    long begin, end, each;
 
-// Rows that will be read soon, into L2: they are too short for the processor to run ahead by itself.
-template <class S>
-SK_INLINE void fetch_rows(const S* from, long ld, long rows, long size) {
-    constexpr long line = 64 / static_cast<long>(sizeof(S));
-    for (long r = 0; r < rows; ++r)
-        for (long at = 0; at < size; at += line) __builtin_prefetch(from + r * ld + at, 0, 2);
+    SK_INLINE KeyStreams(Span keys, long n)
+        : begin(keys.begin), end(keys.end), each(ceil_div(keys.end - keys.begin, STREAMS * n) * n) {}
+    SK_INLINE long first(int s, long i) const { return begin + s * each + i; }
+    // Of `width` keys from the i-th on, those that there are.
+    SK_INLINE long count(int s, long i, long width) const {
+        return max_of(0, min_of(width, min_of(begin + (s + 1) * each, end) - first(s, i)));
+    }
+};
+
+// out[m][0..C n) (+)= the weights p[m] of `width` keys from each stream, times their values; `sizes` of them
+// count.
+template <class A, int M, int C>
+SK_INLINE void few_values(const Rows<A>* from, const long* sizes, const A* p, long width, long column, A* out,
+                          long ldo, bool begun) {
+    constexpr long n = Simd<A>::n;
+    Vec<A> sums[M][C];
+    SK_UNROLL
+    for (int m = 0; m < M; ++m) SK_UNROLL
+    for (int c = 0; c < C; ++c) sums[m][c] = begun ? load<A>(out + m * ldo + c * n) : Vec<A>{};
+    const auto add = [&](int s, long k) {
+        const A* row = from[s].p + k * from[s].ld + column;
+        Vec<A> v[C];
+        SK_UNROLL
+        for (int c = 0; c < C; ++c) v[c] = load<A>(row + c * n);
+        SK_UNROLL
+        for (int m = 0; m < M; ++m) {
+            const A weight = p[m * KEYS + s * width + k];
+            SK_UNROLL
+            for (int c = 0; c < C; ++c) sums[m][c] += v[c] * weight;
+        }
+    };
+    const long common = sizes[STREAMS - 1];
+    for (long k = 0; k < common; ++k) SK_UNROLL
+    for (int s = 0; s < STREAMS; ++s) add(s, k);
+    for (int s = 0; s < STREAMS; ++s)
+        for (long k = common; k < sizes[s]; ++k) add(s, k);
+    SK_UNROLL
+    for (int m = 0; m < M; ++m) SK_UNROLL
+    for (int c = 0; c < C; ++c) store<A>(out + m * ldo + c * n, sums[m][c]);
+}
+
+template <class A, int M, int C>
+SK_INLINE void few_values_of(const Rows<A>* from, const long* sizes, const A* p, long width, long column,
+                             long Nv, A* out, bool begun) {
+    constexpr long n = Simd<A>::n;
+    for (; column + C * n <= Nv; column += C * n)
+        few_values<A, M, C>(from, sizes, p, width, column, out + column, Nv + n, begun);
+    if constexpr (C > 1)
+        if (column < Nv) few_values_of<A, M, C / 2>(from, sizes, p, width, column, Nv, out, begun);
+}
+
+// All rows of weights.
+template <class A, int M = 4>
+void few_values_all(const Rows<A>* from, const long* sizes, const A* p, long count, long width, long Nv,
+                    A* out, bool begun) {
+    constexpr int C = (SEQKERN_ACCUMULATORS < 16 ? 8 : 16) / M;  // so many sums hide the time of one
+    for (; count >= M; count -= M, p += M * KEYS, out += M * (Nv + Simd<A>::n))
+        few_values_of<A, M, C>(from, sizes, p, width, 0, Nv, out, begun);
+    if constexpr (M > 1)
+        if (count > 0) few_values_all<A, M / 2>(from, sizes, p, count, width, Nv, out, begun);
+}
+
+// The scores of M queries and a vector of keys of each stream, the `at`-th of `width` and of those from i on:
+// to tile[m][s width + at]. Keys that there are not get -inf.
+template <class A, class S, int M>
+SK_INLINE void few_scores(const Scores<A>& scores, bool changed, const KeyStreams& keys, const S* k, long ld,
+                          long D, const A* q, long query, long i, long width, long at, A* tile) {
+    constexpr long n = Simd<A>::n;
+    Multiplied<A> by[M];
+    SK_UNROLL
+    for (int m = 0; m < M; ++m) by[m] = Multiplied<A>(q + m * buffer_ld<A>(D), D);
+    Vec<A> chains[n][M][STREAMS];
+    for (long r = 0; r < n; ++r) {
+        const S* from[STREAMS];
+        SK_UNROLL
+        for (int s = 0; s < STREAMS; ++s) from[s] = k + min_of(keys.first(s, i + at) + r, keys.end - 1) * ld;
+        dot_chains<A, M, STREAMS>(from, by, chains[r]);
+    }
+    for (int m = 0; m < M; ++m)
+        for (int s = 0; s < STREAMS; ++s) {
+            const long count = keys.count(s, i + at, n);
+            Vec<A> sums[n];
+            SK_UNROLL
+            for (int r = 0; r < n; ++r) sums[r] = chains[r][m][s];
+            Vec<A> x = lane_sums<A>(sums);
+            if (changed && count > 0)
+                x = scores.template apply_along_keys<S>(x, query + m, keys.first(s, i + at), count);
+            if (count < n) {
+                const auto there = lanes<A>([](int lane) { return lane; }) < static_cast<int>(count);
+                x = there ? x : Vec<A>{} - static_cast<A>(__builtin_inf());
+            }
+            store<A>(tile + m * KEYS + s * width + at, x);
+        }
 }
 
 // One panel of at most a vector of queries against some keys. q: [count][buffer_ld(D)], tile: [count][KEYS],
@@ -57,49 +146,49 @@ SK_INLINE void fetch_rows(const S* from, long ld, long rows, long size) {
 template <class A, class S>
 bool few_queries(const AttentionForward& c, const Sequence& s, long kv_head, const Panel<A>& panel, Span keys,
                  const A* q, A* tile, A* v, const Running<A>& run) {
-    constexpr long n = Simd<A>::n;
+    constexpr long n = Simd<A>::n, M = ROWS_TOGETHER;
     const long ld_q = buffer_ld<A>(c.D), Nv = padded<A>(c.Dv);
     const Scores<A> scores(c, s, panel);
     const bool changed = !scores.untouched(keys);
-    const bool far = c.B * c.Hkv * c.S * (c.D + c.Dv) * static_cast<long>(sizeof(S)) > FAR_BYTES;
+    const KeyStreams streams(keys, n);
+    const S* k = row_of<S>(c.k, s, kv_head, s.from_k);
     bool begun = false;
-    for (long from = keys.begin; from < keys.end; from += KEYS) {
-        const Span here{from, min_of(from + KEYS, keys.end)};
-        const long size = here.end - here.begin;
-        const S* k = row_of<S>(c.k, s, kv_head, s.from_k + here.begin);
-        const S* values = row_of<S>(c.v, s, kv_head, s.from_k + here.begin);
-        for (long at = 0; at < size; at += n) {
-            const long count = min_of(n, size - at), ahead = min_of(count, keys.end - here.begin - at - KEYS);
-            if (far) {
-                fetch_rows(values + at * c.v.i, c.v.i, count, c.Dv);
-                fetch_rows(k + (at + KEYS) * c.k.i, c.k.i, ahead, c.D);
-            }
-            rows_as_they_lie<A>(k + at * c.k.i, c.k.i, c.D, count, panel.count, q, ld_q, tile + at, KEYS,
-                                false);
-            if (!changed && count == n) continue;
-            for (long r = 0; r < panel.count; ++r) {
-                Vec<A> x = load<A>(tile + r * KEYS + at);
-                if (changed) x = scores.template apply_along_keys<S>(x, r, here.begin + at, count);
-                const auto there = lanes<A>([](int lane) { return lane; }) < static_cast<int>(count);
-                store<A>(tile + r * KEYS + at, there ? x : Vec<A>{} - static_cast<A>(__builtin_inf()));
-            }
+    for (long i = 0; i < streams.each; i += KEYS / STREAMS) {
+        const long width = min_of(KEYS / STREAMS, streams.each - i);
+        for (long at = 0; at < width; at += n) {
+            long r = 0;
+            for (; r + M <= panel.count; r += M)
+                few_scores<A, S, M>(scores, changed, streams, k, c.k.i, c.D, q + r * ld_q, r, i, width, at,
+                                    tile + r * KEYS);
+            for (; r < panel.count; ++r)
+                few_scores<A, S, 1>(scores, changed, streams, k, c.k.i, c.D, q + r * ld_q, r, i, width, at,
+                                    tile + r * KEYS);
         }
         for (long r = 0; r < panel.count; ++r) {
             A* out = begun ? run.out + r * (Nv + n) : nullptr;
-            join_softmax_along_keys<A>(tile + r * KEYS, size, run.m + r, run.l + r, out, Nv);
+            join_softmax_along_keys<A>(tile + r * KEYS, STREAMS * width, run.m + r, run.l + r, out, Nv);
         }
         if (c.dropout_p > 0) {
             const Dropout<A> dropout(c, s, panel);
             for (long r = 0; r < panel.count; ++r)
-                for (long at = 0; at < size; at += n) {
-                    A* p = tile + r * KEYS + at;
-                    store<A>(p, load<A>(p) * dropout.along_keys(r, here.begin + at));
-                }
+                for (int stream = 0; stream < STREAMS; ++stream)
+                    for (long at = 0; at < width; at += n) {
+                        A* p = tile + r * KEYS + stream * width + at;
+                        store<A>(p, load<A>(p) * dropout.along_keys(r, streams.first(stream, i + at)));
+                    }
         }
-        const Span there{s.from_k + here.begin, s.from_k + here.end};
-        const Rows<A> vr = without_unseen<A>(
-            c, s, &panel, 1, block<A, S>(c.v, s, kv_head, there, c.Dv, v, true), here, c.Dv, v);
-        multiply_rows<A>(panel.count, tile, KEYS, vr.p, vr.ld, Nv, size, run.out, Nv + n, begun);
+        Rows<A> values[STREAMS];
+        long sizes[STREAMS];
+        for (int stream = 0; stream < STREAMS; ++stream) {
+            const long first = streams.first(stream, i), size = streams.count(stream, i, width);
+            const Span there{s.from_k + first, s.from_k + first + size};
+            A* room = v + stream * width * buffer_ld<A>(c.Dv);
+            sizes[stream] = size;
+            values[stream] =
+                without_unseen<A>(c, s, &panel, 1, block<A, S>(c.v, s, kv_head, there, c.Dv, room, true),
+                                  {first, first + size}, c.Dv, room);
+        }
+        few_values_all<A>(values, sizes, tile, panel.count, width, Nv, run.out, begun);
         begun = true;
     }
     return begun;

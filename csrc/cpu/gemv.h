@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gemm_bf16.h"
+#include "linear_call.h"
 
 namespace seqkern {
 namespace SEQKERN_ISA {
@@ -49,52 +50,58 @@ struct Multiplied {
     }
 };
 
-// out[m], lane j: w[j][0..K) . by[m].x for j < count; what lies in the other lanes is some row's value.
-// AHEAD: w comes from memory, and its row so many rows further on is asked for meanwhile, into L2; short rows
-// end before the processor would do so by itself.
-template <class E, int M, int AHEAD = 0, class S>
-SK_INLINE void dot_rows(const S* w, long ldw, long count, const Multiplied<E>* by, Vec<Sum<E>>* out) {
+// part[m][r]: the chains of rows[r][0..K) . by[m].x.
+template <class E, int M, int T, class S>
+SK_INLINE void dot_chains(const S* const* rows, const Multiplied<E>* by, Vec<Sum<E>> (*part)[T]) {
     using F = Factor<E>;
-    using A = Sum<E>;
-    constexpr int n = Simd<A>::n, TOGETHER = n < 4 ? n : 4;
     const long K = by[0].K, whole = by[0].whole;
+    Vec<Sum<E>> sums[M][T] = {};
+    for (long k = 0; k < whole; k += F::width) {
+        SK_UNROLL
+        for (int r = 0; r < T; ++r) {
+            const auto v = F::load(rows[r] + k);
+            SK_UNROLL
+            for (int m = 0; m < M; ++m) F::add(sums[m][r], v, F::load(by[m].x + k));
+        }
+    }
+    // Two loops, not one with a choice in it: a product and its sum must stay in one block of code, or the
+    // compiler does not fuse them for every M, and the last bit would depend on how rows are shared out.
+    if (K < F::width) {
+        SK_UNROLL
+        for (int r = 0; r < T; ++r) {
+            const auto v = F::load(rows[r], K);
+            SK_UNROLL
+            for (int m = 0; m < M; ++m) F::add(sums[m][r], v, by[m].last);
+        }
+    } else if (whole < K) {
+        SK_UNROLL
+        for (int r = 0; r < T; ++r) {
+            const auto v = F::masked(F::load(rows[r] + K - F::width), by[0].counted);
+            SK_UNROLL
+            for (int m = 0; m < M; ++m) F::add(sums[m][r], v, by[m].last);
+        }
+    }
+    SK_UNROLL
+    for (int m = 0; m < M; ++m) SK_UNROLL
+    for (int r = 0; r < T; ++r) part[m][r] = sums[m][r];
+}
+
+// out[m], lane j: w[j][0..K) . by[m].x for j < count; what lies in the other lanes is some row's value.
+template <class E, int M, class S>
+SK_INLINE void dot_rows(const S* w, long ldw, long count, const Multiplied<E>* by, Vec<Sum<E>>* out) {
+    using A = Sum<E>;
+    constexpr int n = Simd<A>::n, T = n < 4 ? n : 4;
     Vec<A> sums[M][n];
     SK_UNROLL
-    for (int j = 0; j < n; j += TOGETHER) {
-        const S* rows[TOGETHER];
-        Vec<A> part[M][TOGETHER] = {};
+    for (int j = 0; j < n; j += T) {
+        const S* rows[T];
+        Vec<A> part[M][T] = {};
         SK_UNROLL
-        for (int r = 0; r < TOGETHER; ++r) rows[r] = w + min_of(j + r, count - 1) * ldw;
-        for (long k = 0; k < whole && j < count; k += F::width) {
-            SK_UNROLL
-            for (int r = 0; r < TOGETHER; ++r) {
-                const auto v = F::load(rows[r] + k);
-                if constexpr (AHEAD > 0) __builtin_prefetch(rows[r] + AHEAD * ldw + k, 0, 2);
-                SK_UNROLL
-                for (int m = 0; m < M; ++m) F::add(part[m][r], v, F::load(by[m].x + k));
-            }
-        }
-        // Two loops, not one with a choice in it: a product and its sum must stay in one block of code, or
-        // the compiler does not fuse them for every M, and the last bit would depend on how rows are shared
-        // out.
-        if (K < F::width && j < count) {
-            SK_UNROLL
-            for (int r = 0; r < TOGETHER; ++r) {
-                const auto v = F::load(rows[r], K);
-                SK_UNROLL
-                for (int m = 0; m < M; ++m) F::add(part[m][r], v, by[m].last);
-            }
-        } else if (whole < K && j < count) {
-            SK_UNROLL
-            for (int r = 0; r < TOGETHER; ++r) {
-                const auto v = F::masked(F::load(rows[r] + K - F::width), by[0].counted);
-                SK_UNROLL
-                for (int m = 0; m < M; ++m) F::add(part[m][r], v, by[m].last);
-            }
-        }
+        for (int r = 0; r < T; ++r) rows[r] = w + min_of(j + r, count - 1) * ldw;
+        if (j < count) dot_chains<E, M, T>(rows, by, part);
         SK_UNROLL
         for (int m = 0; m < M; ++m) SK_UNROLL
-        for (int r = 0; r < TOGETHER; ++r) sums[m][j + r] = part[m][r];
+        for (int r = 0; r < T; ++r) sums[m][j + r] = part[m][r];
     }
     SK_UNROLL
     for (int m = 0; m < M; ++m) out[m] = lane_sums<A>(sums[m]);
@@ -122,42 +129,65 @@ void rows_as_they_lie(const S* w, long ldw, long K, long count, long rows, const
         if (rows > 0) rows_as_they_lie<E, (M + 1) / 2>(w, ldw, K, count, rows, a, lda, o, ldo, accumulate);
 }
 
-constexpr int ROWS_AHEAD = 8;  // of w, which comes from memory
+// The places of w that few_rows reads from by turns: the processor runs ahead of each by itself, and farther
+// with several than with one. Neighbouring rows would not do: two in a page look like one that jumps.
+constexpr int STREAMS = 4;
 
-template <class A, int M, int AHEAD, class S, class Put>
-SK_INLINE void few_rows_tile(const S* w, long ldw, long K, long count, const A* x, long ldx, const Put& put) {
+template <class A, int M, class S>
+SK_INLINE void few_rows_chains(const S* const* w, long K, const A* x, long ldx, Vec<A> (*to)[STREAMS]) {
+    Multiplied<A> by[M];
+    SK_UNROLL
+    for (int m = 0; m < M; ++m) by[m] = Multiplied<A>(x + m * ldx, K);
+    dot_chains<A, M, STREAMS>(w, by, to);
+}
+
+template <class A, int M, class S, class Put>
+SK_INLINE void few_rows_block(const S* w, long ldw, long K, long count, const A* x, long ldx, long row,
+                              const Put& put) {
     Multiplied<A> by[M];
     Vec<A> out[M];
     SK_UNROLL
-    for (int m = 0; m < M; ++m) by[m] = Multiplied<A>(x + m * ldx, K);
-    dot_rows<A, M, AHEAD>(w, ldw, count, by, out);
+    for (int m = 0; m < M; ++m) by[m] = Multiplied<A>(x + (row + m) * ldx, K);
+    dot_rows<A, M>(w, ldw, count, by, out);
     SK_UNROLL
-    for (int m = 0; m < M; ++m) put(m, out[m]);
+    for (int m = 0; m < M; ++m) put(row + m, out[m]);
 }
 
 // A thread's share of x[rows][K] times the N rows of w: put(row, j, count, sums) gets a vector of them for
 // each row, of which the first `count` count.
 template <class A, class S, class Put>
-SK_INLINE void few_rows(const S* w, long ldw, long K, long N, const A* x, long ldx, long rows, long thread,
-                        long threads, const Put& put) {
+void few_rows(const S* w, long ldw, long K, long N, const A* x, long ldx, long rows, long thread,
+              long threads, const Put& put) {
     constexpr long n = Simd<A>::n, M = ROWS_TOGETHER;
-    const long blocks = ceil_div(N, n), end = blocks * (thread + 1) / threads * n;
-    for (long j = blocks * thread / threads * n; j < end; j += n) {
-        const long count = min_of(n, N - j);
-        const S* here = w + j * ldw;
-        long row = 0;
-        const auto put_here = [&](int m, Vec<A> sums) { put(row + m, j, count, sums); };
-        // The first rows fetch the weights, the others find them in a cache.
-        if (rows >= M) {
-            few_rows_tile<A, M, ROWS_AHEAD>(here, ldw, K, count, x, ldx, put_here);
-            row = M;
-        } else {
-            few_rows_tile<A, 1, ROWS_AHEAD>(here, ldw, K, count, x, ldx, put_here);
-            row = 1;
+    const long blocks = ceil_div(N, n), end = blocks * (thread + 1) / threads;
+    long block = blocks * thread / threads;
+    const long each = (min_of(end, N / n) - block) / STREAMS;  // whole blocks of a stream
+    for (long i = 0; i < each; ++i, ++block) {
+        Vec<A> chains[n][FEW_ROWS][STREAMS];
+        for (long r = 0; r < n; ++r) {
+            const S* from[STREAMS];
+            SK_UNROLL
+            for (int s = 0; s < STREAMS; ++s) from[s] = w + ((block + s * each) * n + r) * ldw;
+            long row = 0;
+            for (; row + M <= rows; row += M)
+                few_rows_chains<A, M>(from, K, x + row * ldx, ldx, chains[r] + row);
+            for (; row < rows; ++row) few_rows_chains<A, 1>(from, K, x + row * ldx, ldx, chains[r] + row);
         }
+        for (long row = 0; row < rows; ++row)
+            for (int s = 0; s < STREAMS; ++s) {
+                Vec<A> each_row[n];
+                SK_UNROLL
+                for (int r = 0; r < n; ++r) each_row[r] = chains[r][row][s];
+                put(row, (block + s * each) * n, n, lane_sums<A>(each_row));
+            }
+    }
+    for (block += (STREAMS - 1) * max_of(each, 0); block < end; ++block) {
+        const long j = block * n, count = min_of(n, N - j);
+        const auto put_here = [&](long row, Vec<A> sums) { put(row, j, count, sums); };
+        long row = 0;
         for (; row + M <= rows; row += M)
-            few_rows_tile<A, M, 0>(here, ldw, K, count, x + row * ldx, ldx, put_here);
-        for (; row < rows; ++row) few_rows_tile<A, 1, 0>(here, ldw, K, count, x + row * ldx, ldx, put_here);
+            few_rows_block<A, M>(w + j * ldw, ldw, K, count, x, ldx, row, put_here);
+        for (; row < rows; ++row) few_rows_block<A, 1>(w + j * ldw, ldw, K, count, x, ldx, row, put_here);
     }
 }
 

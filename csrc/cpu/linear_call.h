@@ -7,10 +7,13 @@ namespace seqkern {
 
 enum class Activation { none, relu, gelu };  // gelu: the exact one, not of doubles
 
+// Rows for which weights are read once and as they lie rather than packed.
+constexpr long FEW_ROWS = 16, FEW_ROWS_OF_16_BITS = 4;
+
 // y[r][j] = activation(bias[j] + sum_k x[r][k] w[j][k]). x and y are plain; a row of w is in one piece.
 struct LinearCall {
     Dtype dtype;
-    long rows, K, N;
+    long rows, K, N;    // rows: FEW_ROWS at most
     const void *x, *w;  // [rows, K], [N, K]
     long ld_w;
     const void* bias;  // [N] or null

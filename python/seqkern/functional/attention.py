@@ -72,7 +72,10 @@ def _run(name: str, t: Tensors, o: Options) -> tuple[Tensor, Tensor | None, Tens
     # A compiler cannot follow the spec where it reads how long packed sequences are.
     if name == "reference" and not (torch.compiler.is_compiling() and t.cu_seqlens_q is not None):
         return spec.attention(*t, *o)
-    return _op(*t, *o)
+    if torch.compiler.is_compiling() or _backend.needs_grad(t) or _backend.in_transform():
+        return _op(*t, *o)
+    with torch._C._AutoDispatchBelowAutograd():  # past a Python kernel, 15 us of a call's 50
+        return _op(*t, *o)
 
 
 def _torch(t: Tensors, o: Options) -> Tensor:
