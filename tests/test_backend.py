@@ -350,6 +350,17 @@ def test_a_small_call_is_torchs(monkeypatch, L, S, D, causal, small):
     assert not _attention_backends.too_small(query, key, key, causal)
 
 
+@pytest.mark.parametrize(
+    ("L", "S", "torchs"),
+    [(256, 128, True), (255, 128, False), (1000, 129, False), (32, 16, True), (1000, 15, False)],
+)
+def test_few_keys_of_many_queries_are_torchs(monkeypatch, L, S, torchs):
+    bounds = dict.fromkeys(_attention_backends.Small._fields, 0) | {"short": 128}
+    monkeypatch.setattr(_attention_backends, "SMALL_FLOAT32", _attention_backends.Small(**bounds))
+    query, key = torch.zeros(1, 1, L, 64), torch.zeros(1, 1, S, 64)
+    assert _attention_backends.too_small(query, key, key, False) == torchs
+
+
 def test_package_is_light_and_works_without_its_binary():
     code = (
         "import sys; sys.modules['seqkern._native'] = None; sys.modules['triton'] = None\n"

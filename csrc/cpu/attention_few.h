@@ -97,11 +97,44 @@ SK_INLINE void few_values_of(const Rows<A>* from, const long* sizes, const A* p,
         if (column < Nv) few_values_of<A, M, C / 2>(from, sizes, p, width, column, Nv, out, begun);
 }
 
+// The same of several queries with the sums in memory: a key's values are read in one piece, where registers
+// for the sums of all queries would leave a line of it at a time, which the processor does not run ahead of.
+template <class A>
+void few_values_by_key(const Rows<A>* from, const long* sizes, const A* p, long count, long width, long Nv,
+                       A* out, bool begun) {
+    constexpr long n = Simd<A>::n;
+    const long ldo = Nv + n, common = sizes[STREAMS - 1];
+    for (long m = 0; m < count && !begun; ++m)
+        for (long c = 0; c < Nv; c += n) store<A>(out + m * ldo + c, Vec<A>{});
+    for (long k = 0; k < common; ++k)
+        for (long m = 0; m < count; ++m) {
+            A weight[STREAMS];
+            SK_UNROLL
+            for (int s = 0; s < STREAMS; ++s) weight[s] = p[m * KEYS + s * width + k];
+            for (long c = 0; c < Nv; c += n) {
+                Vec<A> sum = load<A>(out + m * ldo + c);
+                SK_UNROLL
+                for (int s = 0; s < STREAMS; ++s) sum += load<A>(from[s].p + k * from[s].ld + c) * weight[s];
+                store<A>(out + m * ldo + c, sum);
+            }
+        }
+    for (int s = 0; s < STREAMS; ++s)
+        for (long k = common; k < sizes[s]; ++k)
+            for (long m = 0; m < count; ++m)
+                for (long c = 0; c < Nv; c += n) {
+                    A* o = out + m * ldo + c;
+                    store<A>(o, load<A>(o) +
+                                    load<A>(from[s].p + k * from[s].ld + c) * p[m * KEYS + s * width + k]);
+                }
+}
+
 // All rows of weights.
-template <class A, int M = 4>
+template <class A, int M = SEQKERN_ACCUMULATORS < 16 ? 1 : 4>
 void few_values_all(const Rows<A>* from, const long* sizes, const A* p, long count, long width, long Nv,
                     A* out, bool begun) {
     constexpr int C = (SEQKERN_ACCUMULATORS < 16 ? 8 : 16) / M;  // so many sums hide the time of one
+    if (SEQKERN_ACCUMULATORS < 16 && count > 1)
+        return few_values_by_key(from, sizes, p, count, width, Nv, out, begun);
     for (; count >= M; count -= M, p += M * KEYS, out += M * (Nv + Simd<A>::n))
         few_values_of<A, M, C>(from, sizes, p, width, 0, Nv, out, begun);
     if constexpr (M > 1)

@@ -4,14 +4,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from seqkern.nn._modules import activation_name, unheard
+from seqkern.nn._modules import activation_name
 from seqkern.nn.attention import MultiheadAttention
 from seqkern.nn.cache import KVCache
 from seqkern.ops import _backend
 from seqkern.ops._linear_backends import few_rows
 from seqkern.ops.linear import ACTIVATIONS
 from seqkern.ops.transformer import op
+
+# The parts of a layer, as torch.nn makes them.
+_PARTS: dict[str, type] = {
+    **dict.fromkeys(("self_attn", "multihead_attn"), MultiheadAttention),
+    **dict.fromkeys(("linear1", "linear2"), nn.Linear),
+    **dict.fromkeys(("norm1", "norm2", "norm3"), nn.LayerNorm),
+    **dict.fromkeys(("dropout", "dropout1", "dropout2", "dropout3"), nn.Dropout),
+}
 
 
 def in_one_call(
@@ -22,69 +31,63 @@ def in_one_call(
     Those are hooks, parts of another class, many sequences, other devices, and another backend that is forced, or one
     that is watched.
     """
-    if x.shape[1] != 1 or x.shape[0] > few_rows(x.dtype) or not _backend.unseen("cpu"):
+    dtype = x.dtype
+    if x.shape[1] != 1 or x.shape[0] > few_rows(dtype) or not _backend.unseen("cpu"):
         return None
-    if not (_backend.CPU_READY and x.is_cpu and x.dtype in _backend.CPU_DTYPES):
+    if not (_backend.CPU_READY and x.is_cpu and dtype in _backend.CPU_DTYPES):
         return None
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or _backend.in_transform():  # type: ignore[attr-defined]
         return None
     parts: Any = layer._modules
     activation = activation_name(layer.activation)  # type: ignore[arg-type]
-    known = activation is not None and not (activation == "gelu" and x.dtype is torch.float64)
-    if not known or not _plain(parts, x.shape[2]):
-        return None
-    weights = [*_of_attention(parts["self_attn"]), *_of(parts["norm1"])]
-    eps = [parts["norm1"].eps]
-    keys, values, seen = None, None, (None, None)
-    last = parts["norm2"]
-    if "multihead_attn" in parts:
-        weights += [*_of_attention(parts["multihead_attn"]), *_of(parts["norm2"])]
-        eps.append(parts["norm2"].eps)
-        keys, values = cache.recall(index)
-        seen = cache.memory_seen.mask, cache.memory_seen.bias
-        last = parts["norm3"]
-    weights += [*_of(parts["linear1"]), *_of(parts["linear2"]), *_of(last)]
-    eps.append(last.eps)
-    dtype = x.dtype
-    if any(
-        w is not None and (type(w) not in _backend.PLAIN or w.dtype is not dtype or not w.is_cpu)
-        for w in weights
+    if (
+        activation is None
+        or (activation == "gelu" and dtype is torch.float64)
+        or not _plain(parts, x.shape[2])
     ):
         return None
-    if seen[1] is not None and seen[1].dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
+    attention, norm = parts["self_attn"], parts["norm1"]
+    weights, eps = [*_of_attention(attention), *_of(norm)], [norm.eps]
+    keys = values = hidden = added = None
+    norm = parts["norm2"]
+    if "multihead_attn" in parts:
+        weights += *_of_attention(parts["multihead_attn"]), *_of(norm)
+        eps.append(norm.eps)
+        keys, values = cache.recall(index)
+        hidden, added, _ = cache.memory_seen
+        norm = parts["norm3"]
+    weights += *_of(parts["linear1"]), *_of(parts["linear2"]), *_of(norm)
+    eps.append(norm.eps)
+    for w in weights:
+        if w is not None and type(w) not in _backend.PLAIN:
+            return None
+    if added is not None and added.dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
         return None
-    heads = parts["self_attn"].num_heads
-    own = cache.storage(index, x, heads)
+    own, first = cache.storage(index, x, attention.num_heads), layer.norm_first
+    memory = keys, values, hidden, added
     with torch._C._AutoDispatchBelowAutograd():
-        y = op(
-            x[:, 0],
-            own,
-            cache.length,
-            mask,
-            keys,
-            values,
-            *seen,
-            weights,
-            layer.norm_first,  # type: ignore[arg-type]
-            ACTIVATIONS[activation],
-            eps,
-        )
+        y = op(x[:, 0], own, cache.length, mask, *memory, weights, first, ACTIVATIONS[activation], eps)
     return y[:, None]
 
 
 def _plain(parts: dict[str, Any], features: int) -> bool:
-    """Whether the parts of a layer are what torch.nn makes them, so that the op computes what they would."""
+    """Whether the parts of a layer are what torch.nn makes them, and nobody listens: the op is what they compute."""
+    if _has_any_global_hook():
+        return False
     for name, part in parts.items():
-        if name.startswith("norm"):
-            if not unheard(part, nn.LayerNorm) or part.normalized_shape != (features,):
-                return False
-        elif name.startswith("linear"):
-            if not unheard(part, nn.Linear):
-                return False
-        elif name.startswith("dropout"):
-            if part.training or not unheard(part, nn.Dropout):
-                return False
-        elif name.endswith("attn") and type(part) is not MultiheadAttention:
+        known = _PARTS.get(name)
+        if type(part) is not known:
+            if name == "activation":
+                continue
+            return False
+        if known is MultiheadAttention:
+            continue
+        heard = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
+        if heard or part._backward_pre_hooks or "forward" in part.__dict__:
+            return False
+        if known is nn.Dropout and part.training:
+            return False
+        if known is nn.LayerNorm and part.normalized_shape != (features,):
             return False
     return True
 

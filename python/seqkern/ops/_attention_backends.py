@@ -24,13 +24,17 @@ class Small(NamedTuple):
     few: float  #: of 2 to 16 queries
     one: float  #: keys and values of one query, in numbers
     keys: int = 2  #: fewer of them are copied rather than weighed
+    short: int = 0  #: so many keys at most do not repay the packing of twice as many queries and more
 
 
 SMALL = Small(flop=1e7, narrow=1e7, causal=5e6, beyond=5e6, few=2e6, one=2e6)
 # In float32 with vectors of 32 bytes or fewer.
 SMALL_FLOAT32 = (
-    SMALL if _library.is_wide() else Small(flop=4.5e7, narrow=1e7, causal=2.5e7, beyond=5e6, few=1e7, one=4e6)
+    SMALL
+    if _library.is_wide()
+    else Small(flop=4.5e7, narrow=1e7, causal=2.5e7, beyond=5e6, few=1e7, one=4e6, short=128)
 )
+SHORTEST = 16  # keys: fewer leave torch's matmuls idle
 GPU_FLOP = 2e10  # 0.1 ms of a Hopper GPU, which a launch from Python must not be a large part of
 TRITON_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 LARGEST_HEAD = 256
@@ -84,6 +88,8 @@ def too_small(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
         return True
     if L == 1:
         return key.numel() + value.numel() < bounds.one
+    if SHORTEST <= keys <= min(bounds.short, L // 2):
+        return True
     most = bounds.flop if query.shape[-1] >= 32 else bounds.narrow
     if L <= 16:
         most = bounds.few
@@ -99,7 +105,7 @@ def torch_outruns(t: Tensors, wanted: Wanted) -> str | None:
         return None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in t):
         return None  # a call overhead matters less there, and torch's kernel has no second derivative
-    return None if torch_declines(t, wanted) else "so small a call"
+    return None if torch_declines(t, wanted) else "so small a call, or one of so few keys,"
 
 
 def torch_outruns_on_gpu(t: Tensors, wanted: Wanted) -> str | None:
