@@ -79,6 +79,14 @@ struct Panels {
     }
 };
 
+// Four steps along k to a round: what counts and jumps takes the place of multiply-adds, and the end of 32
+// rounds is foreseen where that of 128 is not.
+#if SEQKERN_VECTOR_BYTES == 32
+#define SK_UNROLL_STEPS _Pragma("GCC unroll 4")
+#else
+#define SK_UNROLL_STEPS
+#endif
+
 template <class E, int MR, int NV, int NP, bool KMAJOR>
 void tile(const E* __restrict a, long lda, Panels<E> from, long K, Sum<E>* o, long ldo, long o_stride,
           bool accumulate) {
@@ -95,6 +103,7 @@ void tile(const E* __restrict a, long lda, Panels<E> from, long K, Sum<E>* o, lo
     const E* rows[(MR + 2) / 3];
     SK_UNROLL
     for (int g = 0; g < (MR + 2) / 3; ++g) rows[g] = a + (KMAJOR ? 0 : g * 3 * lda);
+    SK_UNROLL_STEPS
     for (long k = 0; k < K; k += F::depth) {
         typename F::Each bv[NP][NV];
         SK_UNROLL
