@@ -47,6 +47,13 @@ SK_INLINE bool all_ready(const Team& team, const void* scratch) {
     return !__atomic_load_n(team.failed, __ATOMIC_RELAXED);
 }
 
+// What a member that left does until member 0 is done: at the end of a parallel region it would be waited for
+// at full heat, on a core that other work holds as it is.
+SK_INLINE void sleep_until_done(const Barrier* b) {
+    const timespec nap = {0, 50000};
+    while (!__atomic_load_n(&b->done, __ATOMIC_ACQUIRE)) nanosleep(&nap, nullptr);
+}
+
 // Hands out 64-byte aligned pieces; with base null it only counts.
 struct Arena {
     char* base;

@@ -203,7 +203,7 @@ struct ForwardScan {
         const long dir = g.direction;
         const bool projected = c.weights[dir].w_hr != nullptr;
         for (long step = 0; step < c.T;) {
-            if (!still_there(joint, g)) return;
+            if (!still_there(joint, g)) return sleep_until_done(joint);
             const Range blocks = share(s.blocks_h, g.member, g.members),
                         out_blocks = share(s.blocks_p, g.member, g.members);
             const long p0 = blocks.begin * Sh::PANELS, panels = (blocks.end - blocks.begin) * Sh::PANELS;
@@ -239,6 +239,7 @@ struct ForwardScan {
                 at += m;
             }
         }
+        if (g.member == 0) __atomic_store_n(&joint->done, 1, __ATOMIC_RELEASE);
     }
 
     // Panels between whose matmul and cell nothing else is done: for a single row as many as a little of L1
