@@ -121,46 +121,54 @@ struct ForwardScan {
     // The cell on `rows` rows of one panel. x, r: [row][W] pre-activations without bias.
     void cell_rows(const Group& g, long p, long rows, const A* x, const A* r, const E* h_prev, E* h_next,
                    long row0) {
-        long dir = g.direction;
+        for (int u = 0; u < U; ++u) {
+            const long unit = (p * U + u) * n, left = c.H - unit;
+            if (left >= n) {
+                cell_column(g, p, u, rows, x, r, h_prev, h_next, row0, n);
+            } else if (left > 0) {
+                cell_column(g, p, u, rows, x, r, h_prev, h_next, row0, left);
+            }
+        }
+    }
+
+    // The first `left` units of a panel's vectors u, at most all of them.
+    SK_INLINE void cell_column(const Group& g, long p, int u, long rows, const A* x, const A* r,
+                               const E* h_prev, E* h_next, long row0, long left) {
+        const long dir = g.direction, unit = (p * U + u) * n;
         const A *bx = d[dir].bias_x + p * W, *br = d[dir].bias_r + p * W;
         const bool projected = c.weights[dir].w_hr != nullptr;
         E* h_out = projected ? d[dir].h_full : h_next;
         const long ld_out = projected ? s.ld_h : s.ld_p;
-        for (int u = 0; u < U; ++u) {
-            long unit = (p * U + u) * n, left = c.H - unit;
-            if (left <= 0) break;
-            Vec<A> bias_x[G], bias_r[G];
+        Vec<A> bias_x[G], bias_r[G];
+        for (int k = 0; k < G; ++k) {
+            bias_x[k] = load<A>(bx + (k * U + u) * n);
+            if (CellT::APART) bias_r[k] = load<A>(br + (k * U + u) * n);
+        }
+        for (long m = 0; m < rows; ++m) {
+            long b = g.rows_begin + m, row = row0 + m;
+            Vec<A> px[G], pr[G], reserve[Sh::RESERVE + 1], cell{}, h, hp{};
             for (int k = 0; k < G; ++k) {
-                bias_x[k] = load<A>(bx + (k * U + u) * n);
-                if (CellT::APART) bias_r[k] = load<A>(br + (k * U + u) * n);
+                px[k] = load<A>(x + m * W + (k * U + u) * n) + bias_x[k];
+                if (CellT::APART) pr[k] = load<A>(r + m * W + (k * U + u) * n) + bias_r[k];
             }
-            for (long m = 0; m < rows; ++m) {
-                long b = g.rows_begin + m, row = row0 + m;
-                Vec<A> px[G], pr[G], reserve[Sh::RESERVE + 1], cell{}, h, hp{};
-                for (int k = 0; k < G; ++k) {
-                    px[k] = load<A>(x + m * W + (k * U + u) * n) + bias_x[k];
-                    if (CellT::APART) pr[k] = load<A>(r + m * W + (k * U + u) * n) + bias_r[k];
-                }
-                if constexpr (CellT::APART && ROUNDED) {
-                    hp = load<A>(d[dir].h_exact + b * s.ld_h + unit);
-                } else if constexpr (CellT::APART) {
-                    hp = load<A>(h_prev + b * s.ld_p + unit);
-                }
-                if (CellT::HAS_C) cell = load<A>(d[dir].cell + b * s.ld_h + unit);
-                CellT::template fwd<Math<A>>(px, pr, hp, cell, h, reserve);
-                if (CellT::HAS_C) store<A>(d[dir].cell + b * s.ld_h + unit, cell);
-                if constexpr (ROUNDED) {
-                    if (CellT::APART) store<A>(d[dir].h_exact + b * s.ld_h + unit, h);
-                    store_n<A>(h_out + b * ld_out + unit, h, left);  // a zero may stand behind an odd H
-                } else {
-                    store<A>(h_out + b * ld_out + unit, h);
-                }
-                if (!projected)
-                    store_n<A>(static_cast<S*>(c.output) + (row * c.D + dir) * c.P + unit, h, left);
-                if (Sh::RESERVE && c.reserve) {
-                    A* to = static_cast<A*>(c.reserve) + (dir * c.N + row) * Sh::RESERVE * c.H + unit;
-                    for (int k = 0; k < Sh::RESERVE; ++k) store_n<A>(to + k * c.H, reserve[k], left);
-                }
+            if constexpr (CellT::APART && ROUNDED) {
+                hp = load<A>(d[dir].h_exact + b * s.ld_h + unit);
+            } else if constexpr (CellT::APART) {
+                hp = load<A>(h_prev + b * s.ld_p + unit);
+            }
+            if (CellT::HAS_C) cell = load<A>(d[dir].cell + b * s.ld_h + unit);
+            CellT::template fwd<Math<A>>(px, pr, hp, cell, h, reserve);
+            if (CellT::HAS_C) store<A>(d[dir].cell + b * s.ld_h + unit, cell);
+            if constexpr (ROUNDED) {
+                if (CellT::APART) store<A>(d[dir].h_exact + b * s.ld_h + unit, h);
+                store_n<A>(h_out + b * ld_out + unit, h, left);  // a zero may stand behind an odd H
+            } else {
+                store<A>(h_out + b * ld_out + unit, h);
+            }
+            if (!projected) store_n<A>(static_cast<S*>(c.output) + (row * c.D + dir) * c.P + unit, h, left);
+            if (Sh::RESERVE && c.reserve) {
+                A* to = static_cast<A*>(c.reserve) + (dir * c.N + row) * Sh::RESERVE * c.H + unit;
+                for (int k = 0; k < Sh::RESERVE; ++k) store_n<A>(to + k * c.H, reserve[k], left);
             }
         }
     }
