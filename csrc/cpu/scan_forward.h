@@ -118,57 +118,82 @@ struct ForwardScan {
             rows_as_they_lie(w + j * c.H, c.H, c.H, c.P - first - j, rows, full, s.ld_h, to + j, ldo, false);
     }
 
+    // Where the values of a step's first row lie, and how far apart those of two rows. As values of their
+    // own: what is stored might be part of this object for all that the compiler knows.
+    struct Rows {
+        const E* previous;
+        E* hidden;
+        S* output;
+        A *exact, *cell, *reserve;  // null where there is none
+        long ld_previous, ld_hidden, ld_output, ld_state, ld_reserve;
+    };
+    Rows rows_of(const Group& g, const E* h_prev, E* h_next, long row0) const {
+        const long dir = g.direction, b = g.rows_begin;
+        const auto& at = d[dir];
+        const bool projected = c.weights[dir].w_hr != nullptr;
+        Rows to{};
+        to.ld_previous = s.ld_p, to.ld_hidden = projected ? s.ld_h : s.ld_p, to.ld_output = c.D * c.P;
+        to.ld_state = s.ld_h, to.ld_reserve = Sh::RESERVE * c.H;
+        to.previous = h_prev + b * to.ld_previous;
+        to.hidden = (projected ? at.h_full : h_next) + b * to.ld_hidden;
+        if (!projected) to.output = static_cast<S*>(c.output) + (row0 * c.D + dir) * c.P;
+        if (CellT::APART && ROUNDED) to.exact = at.h_exact + b * to.ld_state;
+        if (CellT::HAS_C) to.cell = at.cell + b * to.ld_state;
+        if (Sh::RESERVE && c.reserve)
+            to.reserve = static_cast<A*>(c.reserve) + (dir * c.N + row0) * to.ld_reserve;
+        return to;
+    }
+
     // The cell on `rows` rows of one panel. x, r: [row][W] pre-activations without bias.
-    void cell_rows(const Group& g, long p, long rows, const A* x, const A* r, const E* h_prev, E* h_next,
-                   long row0) {
+    void cell_rows(long dir, long p, long rows, const A* x, const A* r, const Rows& to) {
+        const A *bx = d[dir].bias_x + p * W, *br = d[dir].bias_r + p * W;
         for (int u = 0; u < U; ++u) {
             const long unit = (p * U + u) * n, left = c.H - unit;
-            if (left >= n) {
-                cell_column(g, p, u, rows, x, r, h_prev, h_next, row0, n);
+            if (left >= n && !to.reserve) {
+                cell_column<false>(u, unit, n, rows, x, r, bx, br, to);
+            } else if (left >= n) {
+                cell_column<true>(u, unit, n, rows, x, r, bx, br, to);
             } else if (left > 0) {
-                cell_column(g, p, u, rows, x, r, h_prev, h_next, row0, left);
+                cell_column<true>(u, unit, left, rows, x, r, bx, br, to);
             }
         }
     }
 
-    // The first `left` units of a panel's vectors u, at most all of them.
-    SK_INLINE void cell_column(const Group& g, long p, int u, long rows, const A* x, const A* r,
-                               const E* h_prev, E* h_next, long row0, long left) {
-        const long dir = g.direction, unit = (p * U + u) * n;
-        const A *bx = d[dir].bias_x + p * W, *br = d[dir].bias_r + p * W;
-        const bool projected = c.weights[dir].w_hr != nullptr;
-        E* h_out = projected ? d[dir].h_full : h_next;
-        const long ld_out = projected ? s.ld_h : s.ld_p;
+    // Units [unit, unit + left), at most a vector of them, which is a panel's vectors u.
+    template <bool SAVE>
+    SK_INLINE void cell_column(int u, long unit, long left, long rows, const A* x, const A* r, const A* bx,
+                               const A* br, Rows to) const {
+        const long H = c.H;
         Vec<A> bias_x[G], bias_r[G];
         for (int k = 0; k < G; ++k) {
             bias_x[k] = load<A>(bx + (k * U + u) * n);
             if (CellT::APART) bias_r[k] = load<A>(br + (k * U + u) * n);
         }
         for (long m = 0; m < rows; ++m) {
-            long b = g.rows_begin + m, row = row0 + m;
             Vec<A> px[G], pr[G], reserve[Sh::RESERVE + 1], cell{}, h, hp{};
             for (int k = 0; k < G; ++k) {
                 px[k] = load<A>(x + m * W + (k * U + u) * n) + bias_x[k];
                 if (CellT::APART) pr[k] = load<A>(r + m * W + (k * U + u) * n) + bias_r[k];
             }
             if constexpr (CellT::APART && ROUNDED) {
-                hp = load<A>(d[dir].h_exact + b * s.ld_h + unit);
+                hp = load<A>(to.exact + unit);
             } else if constexpr (CellT::APART) {
-                hp = load<A>(h_prev + b * s.ld_p + unit);
+                hp = load<A>(to.previous + unit);
             }
-            if (CellT::HAS_C) cell = load<A>(d[dir].cell + b * s.ld_h + unit);
+            if (CellT::HAS_C) cell = load<A>(to.cell + unit);
             CellT::template fwd<Math<A>>(px, pr, hp, cell, h, reserve);
-            if (CellT::HAS_C) store<A>(d[dir].cell + b * s.ld_h + unit, cell);
+            if (CellT::HAS_C) store<A>(to.cell + unit, cell), to.cell += to.ld_state;
             if constexpr (ROUNDED) {
-                if (CellT::APART) store<A>(d[dir].h_exact + b * s.ld_h + unit, h);
-                store_n<A>(h_out + b * ld_out + unit, h, left);  // a zero may stand behind an odd H
+                if (CellT::APART) store<A>(to.exact + unit, h), to.exact += to.ld_state;
+                store_n<A>(to.hidden + unit, h, left);  // a zero may stand behind an odd H
             } else {
-                store<A>(h_out + b * ld_out + unit, h);
+                store<A>(to.hidden + unit, h);
             }
-            if (!projected) store_n<A>(static_cast<S*>(c.output) + (row * c.D + dir) * c.P + unit, h, left);
-            if (Sh::RESERVE && c.reserve) {
-                A* to = static_cast<A*>(c.reserve) + (dir * c.N + row) * Sh::RESERVE * c.H + unit;
-                for (int k = 0; k < Sh::RESERVE; ++k) store_n<A>(to + k * c.H, reserve[k], left);
+            to.hidden += to.ld_hidden, to.previous += to.ld_previous;
+            if (to.output) store_n<A>(to.output + unit, h, left), to.output += to.ld_output;
+            if (SAVE && to.reserve) {
+                for (int k = 0; k < Sh::RESERVE; ++k) store_n<A>(to.reserve + k * H + unit, reserve[k], left);
+                to.reserve += to.ld_reserve;
             }
         }
     }
@@ -266,6 +291,7 @@ struct ForwardScan {
         const E* h_prev = d[dir].h[step & 1];
         E* h_next = d[dir].h[(step + 1) & 1];
         const E* a = h_prev + g.rows_begin * s.ld_p;
+        const Rows to = rows_of(g, h_prev, h_next, row0);
         const long group = panels_together(m);
         // Every other step runs backwards through the weights, and meets in L1 what the one before read last.
         const bool backwards = lying_h && step % 2;
@@ -283,7 +309,7 @@ struct ForwardScan {
                                          CellT::APART ? m * W : x_stride, !CellT::APART);
             }
             for (long i = 0; i < count; ++i)
-                cell_rows(g, p0 + p + i, m, x + (p + i) * x_stride, buf.r + i * m * W, h_prev, h_next, row0);
+                cell_rows(dir, p0 + p + i, m, x + (p + i) * x_stride, buf.r + i * m * W, to);
         }
         if (projected) {
             barrier(joint, g.members);
