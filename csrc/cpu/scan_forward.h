@@ -12,6 +12,9 @@ constexpr long FORWARD_CHUNK_ROWS = 128;                 // rows that amortise o
 constexpr unsigned long FORWARD_CHUNK_BYTES = 1u << 20;  // of pre-activations, unless one step needs more
 constexpr long ROWS_WORTH_PACKING = 64;                  // with fewer, weights are read as they lie
 constexpr long PANELS_OF_A_ROW = 32;                     // 4 to 16 KB of pre-activations
+// With AVX2 a tile of 128 steps spends a tenth of its time on its ends. Rows of a call, and steps of the
+// panels of both weights in 32 KB.
+constexpr long ROWS_AT_ONCE = 16, DEPTH_AT_ONCE = 512;
 
 template <class CellT, class A, class S>
 struct ForwardScan {
@@ -19,10 +22,12 @@ struct ForwardScan {
     using E = typename FactorsOf<A, S>::E;
     static constexpr int n = Sh::n, G = Sh::G, U = Sh::U, NV = Sh::NV, PART = Sh::PART, W = Sh::W;
     static constexpr bool ROUNDED = !__is_same(A, E);
+    static constexpr bool CAN_BE_AT_ONCE = SEQKERN_VECTOR_BYTES == 32 && !CellT::APART && !ROUNDED;
 
     const ForwardCall& c;
     Sh s;
     const bool lying_x, lying_h;  // whether weights are read as they lie
+    const bool at_once;           // whether one matmul in each step takes inputs and states
     struct {
         E *w_ih, *w_hh, *w_hr;  // packed; null where they are read as they lie
         A *bias_x, *bias_r;     // [panel][W]; bias_r only where the cell keeps r apart
@@ -34,7 +39,9 @@ struct ForwardScan {
         : c(call),
           s(call),
           lying_x(c.N < ROWS_WORTH_PACKING),
-          lying_h(lying_x || (c.B == 1 && !worth_packing(c))) {
+          lying_h(lying_x || (c.B == 1 && !worth_packing(c))),
+          at_once(CAN_BE_AT_ONCE && !lying_x && !c.packed && c.B >= ROWS_AT_ONCE &&
+                  c.I + c.P <= DEPTH_AT_ONCE) {
         long panels = s.blocks_h * Sh::PANELS;
         for (int i = 0; i < c.D; ++i) {
             const bool projected = c.weights[i].w_hr;
@@ -258,15 +265,15 @@ struct ForwardScan {
                 for (long p = 0; p < panels; ++p)
                     gates_as_they_lie(c.weights[dir].w_ih, c.I, p0 + p, false, rows, buf.input, s.ld_i,
                                       buf.x + p * chunk_rows * W, false);
-            } else {
+            } else if (!at_once) {
                 gates_times<CellT, E, A>(rows, buf.input, s.ld_i, d[dir].w_ih, p0, panels, c.I, buf.x,
                                          chunk_rows * W, false);
             }
             at = 0;
             for (bool together = true; together && step < end; ++step) {
                 long t = time_of(dir, step), m = active_in(c, t, g);
-                together = one_step(g, step, t, m, p0, panels, buf, buf.x + at * W, chunk_rows * W,
-                                    out_blocks, projected, joint);
+                together = one_step(g, step, t, m, p0, panels, buf, buf.input + at * s.ld_i, buf.x + at * W,
+                                    chunk_rows * W, out_blocks, projected, joint);
                 long next = step + 1 < c.T ? active_in(c, time_of(dir, step + 1), g) : 0;
                 finish_rows(g, step, next, m, blocks, out_blocks);
                 at += m;
@@ -285,8 +292,8 @@ struct ForwardScan {
     long time_of(long dir, long step) const { return dir ? c.T - 1 - step : step; }
 
     // False: the members part after this step.
-    bool one_step(const Group& g, long step, long t, long m, long p0, long panels, const Buffers& buf, A* x,
-                  long x_stride, Range out_blocks, bool projected, Barrier* joint) {
+    bool one_step(const Group& g, long step, long t, long m, long p0, long panels, const Buffers& buf,
+                  const E* x_rows, A* x, long x_stride, Range out_blocks, bool projected, Barrier* joint) {
         const long dir = g.direction, row0 = c.row_start[t] + g.rows_begin;
         const E* h_prev = d[dir].h[step & 1];
         E* h_next = d[dir].h[(step + 1) & 1];
@@ -304,6 +311,11 @@ struct ForwardScan {
                     gates_as_they_lie(c.weights[dir].w_hh, c.P, p0 + p + j, backwards, m, a, s.ld_p,
                                       out + j * (CellT::APART ? m * W : x_stride), !CellT::APART);
                 }
+            } else if (CAN_BE_AT_ONCE && at_once) {
+                if constexpr (CAN_BE_AT_ONCE)
+                    for (long i = 0; i < count; ++i)
+                        gates_of_both<CellT>(m, x_rows, s.ld_i, d[dir].w_ih, c.I, a, s.ld_p, d[dir].w_hh, c.P,
+                                             p0 + p + i, x + (p + i) * x_stride);
             } else {
                 gates_times<CellT, E, A>(m, a, s.ld_p, d[dir].w_hh, p0 + p, count, c.P, out,
                                          CellT::APART ? m * W : x_stride, !CellT::APART);
