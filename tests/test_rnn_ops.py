@@ -140,21 +140,30 @@ def test_op_empty_batch(isa, cell, form):
         assert got[name].shape == t.shape and torch.equal(got[name].double(), t), name
 
 
+def same_for_any_thread_count(case: Case):
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3, 5):
+            torch.set_num_threads(n)
+            results.append(run_op(case))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert [k for k in results[0] if not torch.equal(results[0][k], other[k])] == []
+
+
 @pytest.mark.parametrize(("form", "bidirectional"), FORMS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_op_is_the_same_for_any_thread_count(isa, cell, form, bidirectional):
-    threads = torch.get_num_threads()
     for T, B, I, H in [(6, 1, 20, 70), (6, 37, 20, 70), (3, 5, 300, 260)]:
-        case = make_case(cell, form, T=T, B=B, I=I, H=H, bidirectional=bidirectional)
-        try:
-            results = []
-            for n in (1, 2, 3, 5):
-                torch.set_num_threads(n)
-                results.append(run_op(case))
-        finally:
-            torch.set_num_threads(threads)
-        for other in results[1:]:
-            assert [k for k in results[0] if not torch.equal(results[0][k], other[k])] == []
+        same_for_any_thread_count(make_case(cell, form, T=T, B=B, I=I, H=H, bidirectional=bidirectional))
+
+
+@pytest.mark.parametrize(("form", "bidirectional"), FORMS[:3])
+def test_op_shares_out_the_units_of_far_weights(isa, form, bidirectional):
+    """8 MB of them and more."""
+    same_for_any_thread_count(make_case("lstm", form, T=3, B=21, I=9, H=730, bidirectional=bidirectional))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30, -1e30])

@@ -79,9 +79,27 @@ struct Panels {
     }
 };
 
-template <class E, int MR, int NV, int NP, bool KMAJOR>
+// Four steps along k to a round: what counts and jumps takes the place of multiply-adds, and the end of 32
+// rounds is foreseen where that of 128 is not.
+#if SEQKERN_VECTOR_BYTES == 32
+#define SK_UNROLL_STEPS _Pragma("GCC unroll 4")
+#else
+#define SK_UNROLL_STEPS
+#endif
+
+// A product that a chain of multiply-adds begins with: rows of A, and the panel of B that belongs to the
+// tile.
+template <class E>
+struct Lead {
+    const E* a;
+    long lda;
+    const E* b;
+    long K;
+};
+
+template <class E, int MR, int NV, int NP, bool KMAJOR, bool LED = false>
 void tile(const E* __restrict a, long lda, Panels<E> from, long K, Sum<E>* o, long ldo, long o_stride,
-          bool accumulate) {
+          bool accumulate, const Lead<E>* lead) {
     using F = Factor<E>;
     using A = Sum<E>;
     constexpr int n = Simd<A>::n;
@@ -91,28 +109,36 @@ void tile(const E* __restrict a, long lda, Panels<E> from, long K, Sum<E>* o, lo
     for (int p = 0; p < NP; ++p) SK_UNROLL
     for (int m = 0; m < MR; ++m) SK_UNROLL
     for (int v = 0; v < NV; ++v) acc[p][m][v] = Vec<A>{};
-    // One pointer for three rows: row pointers of their own would not fit the general registers.
-    const E* rows[(MR + 2) / 3];
-    SK_UNROLL
-    for (int g = 0; g < (MR + 2) / 3; ++g) rows[g] = a + (KMAJOR ? 0 : g * 3 * lda);
-    for (long k = 0; k < K; k += F::depth) {
-        typename F::Each bv[NP][NV];
+    const Lead<E> last = {a, lda, b, K};
+    for (int product = LED ? 0 : 1; product < 2; ++product) {
+        if constexpr (LED) {
+            const Lead<E>& now = product ? last : *lead;
+            a = now.a, lda = now.lda, b = now.b, K = now.K;
+        }
+        // One pointer for three rows: row pointers of their own would not fit the general registers.
+        const E* rows[(MR + 2) / 3];
         SK_UNROLL
-        for (int p = 0; p < NP; ++p) SK_UNROLL
-        for (int v = 0; v < NV; ++v) bv[p][v] = F::load(b + p * from.stride + v * n * F::depth);
-        SK_UNROLL
-        for (int m = 0; m < MR; ++m) {
-            const auto s = F::spread(KMAJOR ? a + m * F::depth : rows[m / 3] + (m % 3) * lda);
+        for (int g = 0; g < (MR + 2) / 3; ++g) rows[g] = a + (KMAJOR ? 0 : g * 3 * lda);
+        SK_UNROLL_STEPS
+        for (long k = 0; k < K; k += F::depth) {
+            typename F::Each bv[NP][NV];
             SK_UNROLL
             for (int p = 0; p < NP; ++p) SK_UNROLL
-            for (int v = 0; v < NV; ++v) F::add(acc[p][m][v], s, bv[p][v]);
-        }
-        b += from.ld;
-        if (KMAJOR) {
-            a += lda;
-        } else {
+            for (int v = 0; v < NV; ++v) bv[p][v] = F::load(b + p * from.stride + v * n * F::depth);
             SK_UNROLL
-            for (int g = 0; g < (MR + 2) / 3; ++g) rows[g] += F::depth;
+            for (int m = 0; m < MR; ++m) {
+                const auto s = F::spread(KMAJOR ? a + m * F::depth : rows[m / 3] + (m % 3) * lda);
+                SK_UNROLL
+                for (int p = 0; p < NP; ++p) SK_UNROLL
+                for (int v = 0; v < NV; ++v) F::add(acc[p][m][v], s, bv[p][v]);
+            }
+            b += from.ld;
+            if (KMAJOR) {
+                a += lda;
+            } else {
+                SK_UNROLL
+                for (int g = 0; g < (MR + 2) / 3; ++g) rows[g] += F::depth;
+            }
         }
     }
     SK_UNROLL
@@ -125,16 +151,17 @@ void tile(const E* __restrict a, long lda, Panels<E> from, long K, Sum<E>* o, lo
 }
 
 template <class E>
-using TileFn = void (*)(const E*, long, Panels<E>, long, Sum<E>*, long, long, bool);
+using TileFn = void (*)(const E*, long, Panels<E>, long, Sum<E>*, long, long, bool, const Lead<E>*);
 
-template <class E, int NV, int NP, bool KMAJOR, int MR = max_rows<NV>()>
+template <class E, int NV, int NP, bool KMAJOR, bool LED = false, int MR = max_rows<NV>()>
 SK_INLINE TileFn<E> find_tile(long rows) {
     if constexpr (MR == 0) {
         return nullptr;
     } else if constexpr (NP > max_panels<NV>(MR)) {
-        return find_tile<E, NV, NP, KMAJOR, MR - 1>(rows);
+        return find_tile<E, NV, NP, KMAJOR, LED, MR - 1>(rows);
     } else {
-        return rows == MR ? tile<E, MR, NV, NP, KMAJOR> : find_tile<E, NV, NP, KMAJOR, MR - 1>(rows);
+        return rows == MR ? tile<E, MR, NV, NP, KMAJOR, LED>
+                          : find_tile<E, NV, NP, KMAJOR, LED, MR - 1>(rows);
     }
 }
 
@@ -168,11 +195,23 @@ void gemm(long M, const E* a, long lda, Panels<E> b, long panels, long K, Sum<E>
                 long rows = base + (i < longer);
                 (i < longer ? large : small)(from + row * (KMAJOR ? STEP : lda), lda, b.from(p, k0), depth,
                                              o + p * o_stride + row * ldo, ldo, o_stride,
-                                             accumulate || k0 > 0);
+                                             accumulate || k0 > 0, nullptr);
                 row += rows;
             }
             p += group;
         }
+    }
+}
+
+// o[row][W] = lead.a lead.b + a b of one panel, each sum one chain through both. Neither K may exceed
+// K_BLOCK.
+template <class E, int NV>
+void gemm_led(long M, Lead<E> lead, const E* a, long lda, Panels<E> b, long K, Sum<E>* o, long ldo) {
+    const long tiles = ceil_div(M, max_rows<NV>());
+    for (long i = 0; i < tiles; ++i) {
+        const long row = M * i / tiles, rows = M * (i + 1) / tiles - row;
+        find_tile<E, NV, 1, false, true>(rows)(a + row * lda, lda, b, K, o + row * ldo, ldo, 0, false, &lead);
+        lead.a += rows * lead.lda;
     }
 }
 

@@ -47,6 +47,13 @@ SK_INLINE bool all_ready(const Team& team, const void* scratch) {
     return !__atomic_load_n(team.failed, __ATOMIC_RELAXED);
 }
 
+// What a member that left does until member 0 is done: at the end of a parallel region it would be waited for
+// at full heat, on a core that other work holds as it is.
+SK_INLINE void sleep_until_done(const Barrier* b) {
+    const timespec nap = {0, 50000};
+    while (!__atomic_load_n(&b->done, __ATOMIC_ACQUIRE)) nanosleep(&nap, nullptr);
+}
+
 // Hands out 64-byte aligned pieces; with base null it only counts.
 struct Arena {
     char* base;
@@ -74,12 +81,23 @@ SK_INLINE Range share(long items, long part, long parts) {
 struct Group {
     long direction, rows_begin, rows_end;
     int index, member, members;
+    bool patient;  // steps are long: nobody leaves for a wait
 };
 
+// Where there are rows for all, but W_hh is read from far in every step: each thread reads its part of it for
+// all rows rather than all of it for its rows.
+SK_INLINE bool parts_weights(const Layer& c, long per_direction) {
+    constexpr long FAR = 8L << 20, FEW_ROWS = 64;  // bytes; rows of a thread
+    const long gates = c.cell == Cell::lstm ? 4 : c.cell == Cell::gru ? 3 : 1;
+    const long bytes = gates * c.H * c.P * (c.dtype == Dtype::f64 ? 8 : 4);
+    return SEQKERN_VECTOR_BYTES == 32 && bytes >= FAR && c.B >= per_direction * ROWS_WORTH_A_THREAD &&
+           c.B <= per_direction * FEW_ROWS;
+}
+
 SK_INLINE long groups_per_direction(const Layer& c, int threads) {
-    long per_direction = max_of(1, threads / c.D);
-    long split = min_of(per_direction, max_of(1, c.B / ROWS_WORTH_A_THREAD));
-    return split;
+    const long per_direction = max_of(1, threads / c.D);
+    if (parts_weights(c, per_direction)) return 1;
+    return min_of(per_direction, max_of(1, c.B / ROWS_WORTH_A_THREAD));
 }
 
 // The first row b such that rows [0, b) hold at least this share of all (t, b) pairs: packed batches split by
@@ -100,7 +118,8 @@ SK_INLINE long row_boundary(const Layer& c, long part, long parts) {
 SK_INLINE bool end_step(Barrier* b, const Group& g) {
     constexpr int LONG_WAITS = 3;
     if (g.members == 1) return true;
-    if (g.member == 0 && !b->alone_from && __atomic_load_n(&b->long_waits, __ATOMIC_RELAXED) >= LONG_WAITS)
+    if (g.member == 0 && !g.patient && !b->alone_from &&
+        __atomic_load_n(&b->long_waits, __ATOMIC_RELAXED) >= LONG_WAITS)
         __atomic_store_n(&b->alone_from, __atomic_load_n(&b->phase, __ATOMIC_RELAXED) + 1, __ATOMIC_RELAXED);
     const int phase = barrier(b, g.members), from = __atomic_load_n(&b->alone_from, __ATOMIC_RELAXED);
     return !from || phase < from;
@@ -134,6 +153,7 @@ SK_INLINE bool group_of(const Layer& c, const Team& team, long k, Group& g) {
         }
     }
     g.index = index, g.member = member, g.members = members;
+    g.patient = parts_weights(c, max_of(1, team.threads / c.D));
     g.direction = index / split;
     g.rows_begin = row_boundary(c, index % split, split);
     g.rows_end = row_boundary(c, index % split + 1, split);

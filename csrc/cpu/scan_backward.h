@@ -262,11 +262,7 @@ struct BackwardScan {
                 multiply(m, d[i].dh + at * s.ld_p, s.ld_p, d[i].w_hr, units.begin, units.end - units.begin, 0,
                          c.P, buf.pre, PW, m * PW, false);
             }
-            for (long j = units.begin * PW; j < min_of(c.H, units.end * PW); j += n) {
-                const long panel = j / PW - units.begin;
-                cell_rows(i, g.rows_begin, t, m, j, at,
-                          projected ? buf.pre + panel * m * PW + j % PW : nullptr);
-            }
+            cell_rows(i, g.rows_begin, t, m, units, at, buf.pre);
             barrier(joint, g.members);
             multiply(m, r_gates(i) + at * ld_gates, ld_gates, d[i].w_hh, first_out, panels, 0, K,
                      d[i].carry + g.rows_begin * s.ld_p + first_out * PW, s.ld_p, PW, CellT::APART);
@@ -281,33 +277,69 @@ struct BackwardScan {
         return dh + load_n<A>(static_cast<const S*>(c.grad_output) + (row * c.D + i) * c.P + j, c.P - j);
     }
 
-    // Units [j, j + n) of m rows. pre: [row][PW], the gradient of the unprojected output.
-    void cell_rows(int i, long rows_begin, long t, long m, long j, long at, const A* pre) {
-        const long left = c.H - j;
+    // Where the values of a row lie.
+    struct Row {
+        const A *reserve, *carry, *dc, *c_prev;
+        const S *output, *grad, *c_first, *h_prev;  // c_prev or, in the first step, c_first
+        A *next_carry, *next_dc;
+        E* gates;
+    };
+
+    // Some blocks of units of m rows, one row after the other as they lie in memory. pre: [block][row][PW],
+    // the gradient of the unprojected output.
+    void cell_rows(int i, long rows_begin, long t, long m, Range units, long at, const A* pre) {
+        const long begin = units.begin * PW, end = min_of(c.H, units.end * PW),
+                   whole = end - (end - begin) % n;
         for (long k = 0; k < m; ++k) {
-            const long b = rows_begin + k, row = c.row_start[t] + b;
-            Vec<A> reserve[Sh::RESERVE + 1], dx[G], dr[G], h_prev{}, c_prev{}, dc{};
-            const A* from = reserved(i, row) + j;
-            for (int r = 0; r < Sh::RESERVE; ++r) reserve[r] = load_n<A>(from + r * c.H, left);
-            if (Sh::RESERVE == 0) reserve[0] = load_n<A>(output_row(i, row) + j, left);
-            if (CellT::APART) h_prev = load_n<A>(h_before(i, t, b) + j, left);
+            const long b = rows_begin + k, row = c.row_start[t] + b, before = previous(i, t, b);
+            Row r{};
+            r.reserve = reserved(i, row), r.output = output_row(i, row),
+            r.gates = d[i].gates + (at + k) * ld_gates;
+            r.carry = r.next_carry = d[i].carry + b * s.ld_p;
+            if (c.grad_output) r.grad = static_cast<const S*>(c.grad_output) + (row * c.D + i) * c.P;
+            if (CellT::APART) r.h_prev = h_before(i, t, b);
             if (CellT::HAS_C) {
-                const long before = previous(i, t, b);
-                c_prev = before < 0 ? load_n<A>(static_cast<const S*>(c.cx) + (i * c.B + b) * c.H + j, left)
-                                    : load_n<A>(reserved(i, before) + (Sh::RESERVE - 1) * c.H + j, left);
-                dc = load<A>(d[i].dc + b * s.ld_h + j);
+                r.dc = r.next_dc = d[i].dc + b * s.ld_h;
+                if (before < 0) {
+                    r.c_first = static_cast<const S*>(c.cx) + (i * c.B + b) * c.H;
+                } else {
+                    r.c_prev = reserved(i, before) + (Sh::RESERVE - 1) * c.H;
+                }
             }
-            Vec<A> dh = projected ? load<A>(pre + k * PW) : incoming(i, b, row, j);
-            Vec<A> direct = CellT::template bwd<Math<A>>(reserve, h_prev, c_prev, dh, dc, dx, dr);
-            if (CellT::HAS_C) store<A>(d[i].dc + b * s.ld_h + j, dc);
-            if (CellT::APART) store<A>(d[i].carry + b * s.ld_p + j, direct);
-            E* to = d[i].gates + (at + k) * ld_gates + j;
-            if (CellT::APART) {
-                store_n<A>(to, dx[G - 1], left);
-                for (int q = 0; q < G; ++q) store_n<A>(to + (q + 1) * c.H, dr[q], left);
-            } else {
-                for (int q = 0; q < G; ++q) store_n<A>(to + q * c.H, dx[q], left);
-            }
+            const auto unprojected = [&](long j) {
+                return pre + ((j / PW - units.begin) * m + k) * PW + j % PW;
+            };
+            for (long j = begin; j < whole; j += n)
+                cell_vector(r, j, n, projected ? unprojected(j) : nullptr);
+            if (whole < end) cell_vector(r, whole, end - whole, projected ? unprojected(whole) : nullptr);
+        }
+    }
+
+    // Units [j, j + left) of a row, at most a vector of them.
+    SK_INLINE void cell_vector(const Row& r, long j, long left, const A* pre) {
+        Vec<A> reserve[Sh::RESERVE + 1], dx[G], dr[G], h_prev{}, c_prev{}, dc{}, dh;
+        for (int q = 0; q < Sh::RESERVE; ++q) reserve[q] = load_n<A>(r.reserve + q * c.H + j, left);
+        if (Sh::RESERVE == 0) reserve[0] = load_n<A>(r.output + j, left);
+        if (CellT::APART) h_prev = load_n<A>(r.h_prev + j, left);
+        if (CellT::HAS_C) {
+            c_prev = r.c_prev ? load_n<A>(r.c_prev + j, left) : load_n<A>(r.c_first + j, left);
+            dc = load<A>(r.dc + j);
+        }
+        if (pre) {
+            dh = load<A>(pre);
+        } else {
+            dh = load<A>(r.carry + j);
+            if (r.grad) dh += load_n<A>(r.grad + j, left);
+        }
+        Vec<A> direct = CellT::template bwd<Math<A>>(reserve, h_prev, c_prev, dh, dc, dx, dr);
+        if (CellT::HAS_C) store<A>(r.next_dc + j, dc);
+        if (CellT::APART) store<A>(r.next_carry + j, direct);
+        E* to = r.gates + j;
+        if (CellT::APART) {
+            store_n<A>(to, dx[G - 1], left);
+            for (int q = 0; q < G; ++q) store_n<A>(to + (q + 1) * c.H, dr[q], left);
+        } else {
+            for (int q = 0; q < G; ++q) store_n<A>(to + q * c.H, dx[q], left);
         }
     }
 
@@ -426,7 +458,8 @@ struct BackwardScan {
                         long first, bool add) const {
         TileFn<E> run = tile_for<E, 2, true>(width, 1);
         for (long p = 0; p * PW < columns; ++p) {
-            run(buf.block, width * F::depth, packed_panels(b, chunk, PW, p), rows, buf.tile, PW, 0, false);
+            run(buf.block, width * F::depth, packed_panels(b, chunk, PW, p), rows, buf.tile, PW, 0, false,
+                nullptr);
             for (long m = 0; m < width; ++m) {
                 const long at = (first + m) * columns + p * PW;
                 if (at_once) {

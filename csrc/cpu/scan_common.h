@@ -77,6 +77,19 @@ void gates_times(long rows, const E* a, long lda, const E* packed, long first, l
     }
 }
 
+// o[row][W] = x[row][I] times one panel of w_ih + h[row][P] times that of w_hh, both packed gates.
+template <class CellT, class E, class A>
+void gates_of_both(long rows, const E* x, long ldx, const E* w_ih, long I, const E* h, long ldh,
+                   const E* w_hh, long P, long panel, A* o) {
+    using Sh = Shape<CellT, A>;
+    constexpr int width = Sh::PART * Sh::n;
+    for (int part = 0; part < Sh::PARTS; ++part) {
+        const E *wx = w_ih + panel * I * Sh::W + part * I * width,
+                *wh = w_hh + panel * P * Sh::W + part * P * width;
+        gemm_led<E, Sh::PART>(rows, {x, ldx, wx, I}, h, ldh, {wh, width, 0}, P, o + part * width, Sh::W);
+    }
+}
+
 // W (R x K) into forward panels [R / 2n][K][2n].
 template <class E, class S>
 void pack_plain(E* to, const S* w, long R, long K, long panel) {

@@ -12,6 +12,9 @@ constexpr long FORWARD_CHUNK_ROWS = 128;                 // rows that amortise o
 constexpr unsigned long FORWARD_CHUNK_BYTES = 1u << 20;  // of pre-activations, unless one step needs more
 constexpr long ROWS_WORTH_PACKING = 64;                  // with fewer, weights are read as they lie
 constexpr long PANELS_OF_A_ROW = 32;                     // 4 to 16 KB of pre-activations
+// With AVX2 a tile of 128 steps spends a tenth of its time on its ends. Rows of a call, and steps of the
+// panels of both weights in 32 KB.
+constexpr long ROWS_AT_ONCE = 16, DEPTH_AT_ONCE = 512;
 
 template <class CellT, class A, class S>
 struct ForwardScan {
@@ -19,10 +22,12 @@ struct ForwardScan {
     using E = typename FactorsOf<A, S>::E;
     static constexpr int n = Sh::n, G = Sh::G, U = Sh::U, NV = Sh::NV, PART = Sh::PART, W = Sh::W;
     static constexpr bool ROUNDED = !__is_same(A, E);
+    static constexpr bool CAN_BE_AT_ONCE = SEQKERN_VECTOR_BYTES == 32 && !CellT::APART && !ROUNDED;
 
     const ForwardCall& c;
     Sh s;
     const bool lying_x, lying_h;  // whether weights are read as they lie
+    const bool at_once;           // whether one matmul in each step takes inputs and states
     struct {
         E *w_ih, *w_hh, *w_hr;  // packed; null where they are read as they lie
         A *bias_x, *bias_r;     // [panel][W]; bias_r only where the cell keeps r apart
@@ -34,7 +39,9 @@ struct ForwardScan {
         : c(call),
           s(call),
           lying_x(c.N < ROWS_WORTH_PACKING),
-          lying_h(lying_x || (c.B == 1 && !worth_packing(c))) {
+          lying_h(lying_x || (c.B == 1 && !worth_packing(c))),
+          at_once(CAN_BE_AT_ONCE && !lying_x && !c.packed && c.B >= ROWS_AT_ONCE &&
+                  c.I + c.P <= DEPTH_AT_ONCE) {
         long panels = s.blocks_h * Sh::PANELS;
         for (int i = 0; i < c.D; ++i) {
             const bool projected = c.weights[i].w_hr;
@@ -118,49 +125,82 @@ struct ForwardScan {
             rows_as_they_lie(w + j * c.H, c.H, c.H, c.P - first - j, rows, full, s.ld_h, to + j, ldo, false);
     }
 
-    // The cell on `rows` rows of one panel. x, r: [row][W] pre-activations without bias.
-    void cell_rows(const Group& g, long p, long rows, const A* x, const A* r, const E* h_prev, E* h_next,
-                   long row0) {
-        long dir = g.direction;
-        const A *bx = d[dir].bias_x + p * W, *br = d[dir].bias_r + p * W;
+    // Where the values of a step's first row lie, and how far apart those of two rows. As values of their
+    // own: what is stored might be part of this object for all that the compiler knows.
+    struct Rows {
+        const E* previous;
+        E* hidden;
+        S* output;
+        A *exact, *cell, *reserve;  // null where there is none
+        long ld_previous, ld_hidden, ld_output, ld_state, ld_reserve;
+    };
+    Rows rows_of(const Group& g, const E* h_prev, E* h_next, long row0) const {
+        const long dir = g.direction, b = g.rows_begin;
+        const auto& at = d[dir];
         const bool projected = c.weights[dir].w_hr != nullptr;
-        E* h_out = projected ? d[dir].h_full : h_next;
-        const long ld_out = projected ? s.ld_h : s.ld_p;
+        Rows to{};
+        to.ld_previous = s.ld_p, to.ld_hidden = projected ? s.ld_h : s.ld_p, to.ld_output = c.D * c.P;
+        to.ld_state = s.ld_h, to.ld_reserve = Sh::RESERVE * c.H;
+        to.previous = h_prev + b * to.ld_previous;
+        to.hidden = (projected ? at.h_full : h_next) + b * to.ld_hidden;
+        if (!projected) to.output = static_cast<S*>(c.output) + (row0 * c.D + dir) * c.P;
+        if (CellT::APART && ROUNDED) to.exact = at.h_exact + b * to.ld_state;
+        if (CellT::HAS_C) to.cell = at.cell + b * to.ld_state;
+        if (Sh::RESERVE && c.reserve)
+            to.reserve = static_cast<A*>(c.reserve) + (dir * c.N + row0) * to.ld_reserve;
+        return to;
+    }
+
+    // The cell on `rows` rows of one panel. x, r: [row][W] pre-activations without bias.
+    void cell_rows(long dir, long p, long rows, const A* x, const A* r, const Rows& to) {
+        const A *bx = d[dir].bias_x + p * W, *br = d[dir].bias_r + p * W;
         for (int u = 0; u < U; ++u) {
-            long unit = (p * U + u) * n, left = c.H - unit;
-            if (left <= 0) break;
-            Vec<A> bias_x[G], bias_r[G];
-            for (int k = 0; k < G; ++k) {
-                bias_x[k] = load<A>(bx + (k * U + u) * n);
-                if (CellT::APART) bias_r[k] = load<A>(br + (k * U + u) * n);
+            const long unit = (p * U + u) * n, left = c.H - unit;
+            if (left >= n && !to.reserve) {
+                cell_column<false>(u, unit, n, rows, x, r, bx, br, to);
+            } else if (left >= n) {
+                cell_column<true>(u, unit, n, rows, x, r, bx, br, to);
+            } else if (left > 0) {
+                cell_column<true>(u, unit, left, rows, x, r, bx, br, to);
             }
-            for (long m = 0; m < rows; ++m) {
-                long b = g.rows_begin + m, row = row0 + m;
-                Vec<A> px[G], pr[G], reserve[Sh::RESERVE + 1], cell{}, h, hp{};
-                for (int k = 0; k < G; ++k) {
-                    px[k] = load<A>(x + m * W + (k * U + u) * n) + bias_x[k];
-                    if (CellT::APART) pr[k] = load<A>(r + m * W + (k * U + u) * n) + bias_r[k];
-                }
-                if constexpr (CellT::APART && ROUNDED) {
-                    hp = load<A>(d[dir].h_exact + b * s.ld_h + unit);
-                } else if constexpr (CellT::APART) {
-                    hp = load<A>(h_prev + b * s.ld_p + unit);
-                }
-                if (CellT::HAS_C) cell = load<A>(d[dir].cell + b * s.ld_h + unit);
-                CellT::template fwd<Math<A>>(px, pr, hp, cell, h, reserve);
-                if (CellT::HAS_C) store<A>(d[dir].cell + b * s.ld_h + unit, cell);
-                if constexpr (ROUNDED) {
-                    if (CellT::APART) store<A>(d[dir].h_exact + b * s.ld_h + unit, h);
-                    store_n<A>(h_out + b * ld_out + unit, h, left);  // a zero may stand behind an odd H
-                } else {
-                    store<A>(h_out + b * ld_out + unit, h);
-                }
-                if (!projected)
-                    store_n<A>(static_cast<S*>(c.output) + (row * c.D + dir) * c.P + unit, h, left);
-                if (Sh::RESERVE && c.reserve) {
-                    A* to = static_cast<A*>(c.reserve) + (dir * c.N + row) * Sh::RESERVE * c.H + unit;
-                    for (int k = 0; k < Sh::RESERVE; ++k) store_n<A>(to + k * c.H, reserve[k], left);
-                }
+        }
+    }
+
+    // Units [unit, unit + left), at most a vector of them, which is a panel's vectors u.
+    template <bool SAVE>
+    SK_INLINE void cell_column(int u, long unit, long left, long rows, const A* x, const A* r, const A* bx,
+                               const A* br, Rows to) const {
+        const long H = c.H;
+        Vec<A> bias_x[G], bias_r[G];
+        for (int k = 0; k < G; ++k) {
+            bias_x[k] = load<A>(bx + (k * U + u) * n);
+            if (CellT::APART) bias_r[k] = load<A>(br + (k * U + u) * n);
+        }
+        for (long m = 0; m < rows; ++m) {
+            Vec<A> px[G], pr[G], reserve[Sh::RESERVE + 1], cell{}, h, hp{};
+            for (int k = 0; k < G; ++k) {
+                px[k] = load<A>(x + m * W + (k * U + u) * n) + bias_x[k];
+                if (CellT::APART) pr[k] = load<A>(r + m * W + (k * U + u) * n) + bias_r[k];
+            }
+            if constexpr (CellT::APART && ROUNDED) {
+                hp = load<A>(to.exact + unit);
+            } else if constexpr (CellT::APART) {
+                hp = load<A>(to.previous + unit);
+            }
+            if (CellT::HAS_C) cell = load<A>(to.cell + unit);
+            CellT::template fwd<Math<A>>(px, pr, hp, cell, h, reserve);
+            if (CellT::HAS_C) store<A>(to.cell + unit, cell), to.cell += to.ld_state;
+            if constexpr (ROUNDED) {
+                if (CellT::APART) store<A>(to.exact + unit, h), to.exact += to.ld_state;
+                store_n<A>(to.hidden + unit, h, left);  // a zero may stand behind an odd H
+            } else {
+                store<A>(to.hidden + unit, h);
+            }
+            to.hidden += to.ld_hidden, to.previous += to.ld_previous;
+            if (to.output) store_n<A>(to.output + unit, h, left), to.output += to.ld_output;
+            if (SAVE && to.reserve) {
+                for (int k = 0; k < Sh::RESERVE; ++k) store_n<A>(to.reserve + k * H + unit, reserve[k], left);
+                to.reserve += to.ld_reserve;
             }
         }
     }
@@ -203,7 +243,7 @@ struct ForwardScan {
         const long dir = g.direction;
         const bool projected = c.weights[dir].w_hr != nullptr;
         for (long step = 0; step < c.T;) {
-            if (!still_there(joint, g)) return;
+            if (!still_there(joint, g)) return sleep_until_done(joint);
             const Range blocks = share(s.blocks_h, g.member, g.members),
                         out_blocks = share(s.blocks_p, g.member, g.members);
             const long p0 = blocks.begin * Sh::PANELS, panels = (blocks.end - blocks.begin) * Sh::PANELS;
@@ -225,20 +265,21 @@ struct ForwardScan {
                 for (long p = 0; p < panels; ++p)
                     gates_as_they_lie(c.weights[dir].w_ih, c.I, p0 + p, false, rows, buf.input, s.ld_i,
                                       buf.x + p * chunk_rows * W, false);
-            } else {
+            } else if (!at_once) {
                 gates_times<CellT, E, A>(rows, buf.input, s.ld_i, d[dir].w_ih, p0, panels, c.I, buf.x,
                                          chunk_rows * W, false);
             }
             at = 0;
             for (bool together = true; together && step < end; ++step) {
                 long t = time_of(dir, step), m = active_in(c, t, g);
-                together = one_step(g, step, t, m, p0, panels, buf, buf.x + at * W, chunk_rows * W,
-                                    out_blocks, projected, joint);
+                together = one_step(g, step, t, m, p0, panels, buf, buf.input + at * s.ld_i, buf.x + at * W,
+                                    chunk_rows * W, out_blocks, projected, joint);
                 long next = step + 1 < c.T ? active_in(c, time_of(dir, step + 1), g) : 0;
                 finish_rows(g, step, next, m, blocks, out_blocks);
                 at += m;
             }
         }
+        if (g.member == 0) __atomic_store_n(&joint->done, 1, __ATOMIC_RELEASE);
     }
 
     // Panels between whose matmul and cell nothing else is done: for a single row as many as a little of L1
@@ -251,12 +292,13 @@ struct ForwardScan {
     long time_of(long dir, long step) const { return dir ? c.T - 1 - step : step; }
 
     // False: the members part after this step.
-    bool one_step(const Group& g, long step, long t, long m, long p0, long panels, const Buffers& buf, A* x,
-                  long x_stride, Range out_blocks, bool projected, Barrier* joint) {
+    bool one_step(const Group& g, long step, long t, long m, long p0, long panels, const Buffers& buf,
+                  const E* x_rows, A* x, long x_stride, Range out_blocks, bool projected, Barrier* joint) {
         const long dir = g.direction, row0 = c.row_start[t] + g.rows_begin;
         const E* h_prev = d[dir].h[step & 1];
         E* h_next = d[dir].h[(step + 1) & 1];
         const E* a = h_prev + g.rows_begin * s.ld_p;
+        const Rows to = rows_of(g, h_prev, h_next, row0);
         const long group = panels_together(m);
         // Every other step runs backwards through the weights, and meets in L1 what the one before read last.
         const bool backwards = lying_h && step % 2;
@@ -269,12 +311,17 @@ struct ForwardScan {
                     gates_as_they_lie(c.weights[dir].w_hh, c.P, p0 + p + j, backwards, m, a, s.ld_p,
                                       out + j * (CellT::APART ? m * W : x_stride), !CellT::APART);
                 }
+            } else if (CAN_BE_AT_ONCE && at_once) {
+                if constexpr (CAN_BE_AT_ONCE)
+                    for (long i = 0; i < count; ++i)
+                        gates_of_both<CellT>(m, x_rows, s.ld_i, d[dir].w_ih, c.I, a, s.ld_p, d[dir].w_hh, c.P,
+                                             p0 + p + i, x + (p + i) * x_stride);
             } else {
                 gates_times<CellT, E, A>(m, a, s.ld_p, d[dir].w_hh, p0 + p, count, c.P, out,
                                          CellT::APART ? m * W : x_stride, !CellT::APART);
             }
             for (long i = 0; i < count; ++i)
-                cell_rows(g, p0 + p + i, m, x + (p + i) * x_stride, buf.r + i * m * W, h_prev, h_next, row0);
+                cell_rows(dir, p0 + p + i, m, x + (p + i) * x_stride, buf.r + i * m * W, to);
         }
         if (projected) {
             barrier(joint, g.members);

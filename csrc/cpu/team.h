@@ -9,6 +9,7 @@ struct alignas(64) Barrier {
     int phase = 0;
     int long_waits = 0;  // longer than an idle core would need
     int alone_from = 0;  // the phase from which member 0 does all the work; 0: never
+    int done = 0;        // member 0 has done it
 };
 
 // Memory on a cache line that the calling thread has used before, if some of it is large enough; null where
