@@ -23,7 +23,7 @@ class Arguments {
         call.B = x.size(0), call.E = x.size(1);
         SK_REQUIRE(call.B <= FEW_ROWS, "x has ", call.B, " rows, expected at most ", FEW_ROWS);
         of_own(own, length, own_mask);
-        const bool remembers = keys.has_value();
+        const bool remembers = call.remembers = keys.has_value();
         if (remembers) of_memory(*keys, values, memory_mask, memory_bias);
         const size_t parts = remembers ? 3 : 2;
         SK_REQUIRE(weights.size() == 6 * parts && eps.size() == parts, "there are ", weights.size(),

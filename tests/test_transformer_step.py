@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import seqkern
 from seqkern.nn import KVCache, MultiheadAttention, _step
@@ -167,6 +168,29 @@ def parametrized(layer):
     torch.nn.utils.parametrizations.weight_norm(layer.linear1)
 
 
+def pruned(layer):
+    prune.random_unstructured(layer.self_attn, "in_proj_bias", 0.5)
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def parametrized_projection(layer):
+    parametrize.register_parametrization(layer.self_attn.out_proj, "bias", Doubled())
+
+
+def with_a_buffer_for_a_bias(layer):
+    bias = layer.linear1.bias.detach()
+    del layer.linear1.bias
+    layer.linear1.register_buffer("bias", bias)
+
+
+def own_feed_forward(layer):
+    layer._ff_block = lambda x: -x
+
+
 def with_another_activation(layer):
     layer.activation = torch.tanh
 
@@ -183,6 +207,10 @@ def norm_of_another_kind(layer):
         of_own_attention,
         of_own_class,
         parametrized,
+        pruned,
+        parametrized_projection,
+        with_a_buffer_for_a_bias,
+        own_feed_forward,
         with_another_activation,
         norm_of_another_kind,
     ],
@@ -196,6 +224,31 @@ def test_layers_of_another_kind_are_stepped_by_their_parts(calls, change):
     assert not calls
     mask = torch.ones(3, 3).triu(1).bool()
     torch.testing.assert_close(got, ours(x, mask, is_causal=True), rtol=1e-11, atol=1e-11)
+
+
+@torch.no_grad()
+def test_mixed_dtypes_and_numbers_of_heads_go_by_parts(calls):
+    ours = ours_of(stack("Encoder", dtype=torch.bfloat16, layers=1))
+    ours.layers[0].norm1.float(), ours.layers[0].norm2.float()
+    assert stepped(ours, torch.randn(2, 2, 16).bfloat16()).dtype is torch.bfloat16
+    ours = ours_of(stack("Decoder", layers=1))
+    ours.layers[0].multihead_attn = MultiheadAttention(16, 4, batch_first=True).double().eval()
+    x, memory = torch.randn(2, 3, 16).double(), torch.randn(2, S, 16).double()
+    got = stepped(ours, x, (memory,))
+    assert not calls
+    torch.testing.assert_close(got, whole(ours, x, (memory,)), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@torch.no_grad()
+def test_an_empty_memory_is_a_memory(isa, calls, monkeypatch, norm_first):
+    """Its attention gives the bias of its projection."""
+    ours = ours_of(stack("Decoder", norm_first=norm_first))
+    x, memory = torch.randn(2, 3, 16).double(), torch.randn(2, 0, 16).double()
+    got = stepped(ours, x, (memory,))
+    assert calls
+    monkeypatch.setattr(seqkern.nn.transformer, "in_one_call", lambda *_: None)
+    torch.testing.assert_close(got, stepped(ours, x, (memory,)), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["reference", "torch"])
@@ -219,10 +272,14 @@ def test_many_sequences_and_several_positions_go_by_parts(calls):
     assert not calls
 
 
-def test_parameters_that_want_a_gradient_get_none(calls):
+def test_gradients(calls):
+    """A stack's step has none; a layer's own, where one is asked for, goes by parts and has one."""
     ours = ours_of(stack("Encoder"))
     assert not stepped(ours, torch.randn(2, 2, 16).double(), ()).requires_grad
-    assert calls
+    assert len(calls) == 4
+    cache = KVCache(capacity=1)
+    assert ours.layers[0].step(torch.randn(2, 1, 16).double(), cache, 0, None).requires_grad
+    assert len(calls) == 4
 
 
 def arguments(B=2, E=8, H=2, F=12, capacity=4, length=1, memory=True, dtype=torch.float32):

@@ -85,9 +85,10 @@ struct StepCall {
     Activation activation;
     const void* x;  // [B, E]
     void* y;        // [B, E]
-    // What the positions so far are, the new one included, and the memory: both without query, output and
-    // log-sum-exp. memory.k.p is null where there is none.
+    // What the positions so far are, the new one included, and the memory of a layer that remembers one,
+    // which may be empty: both without query, output and log-sum-exp.
     AttentionForward own, memory;
+    bool remembers;
     Result new_k, new_v;  // where the new position's keys and values go, [B, H, D]
     Weights own_in, own_out, memory_in, memory_out, up, down;  // own_in: [3 E, E]; memory_in: [E, E]
     LayerNorm norms[3];                                        // behind or before each part that there is

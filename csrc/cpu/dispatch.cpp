@@ -101,8 +101,9 @@ int threads_for(const LinearCall& c) {
 }
 
 int threads_for(const StepCall& c) {
-    const double weights = static_cast<double>(c.E) * ((c.memory.k.p ? 6.0 : 4.0) * c.E + 2.0 * c.F);
-    return threads_worth(2.0 * static_cast<double>(c.B) * weights);
+    const double weights = static_cast<double>(c.E) * ((c.remembers ? 6.0 : 4.0) * c.E + 2.0 * c.F);
+    const double attention = flop(c.own) + (c.remembers ? flop(c.memory) : 0);
+    return threads_worth(2.0 * static_cast<double>(c.B) * weights + attention);
 }
 
 int threads_for(const Product& c) {

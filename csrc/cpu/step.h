@@ -26,7 +26,7 @@ struct StepShared {
         q = arena.take<S>(c.B * c.E), heads = arena.take<S>(c.B * c.E);
         lse = arena.take<A>(c.B * c.own.Hq);
         const unsigned long own = attention_forward_bytes<A, S>(c.own),
-                            memory = c.memory.k.p ? attention_forward_bytes<A, S>(c.memory) : 0;
+                            memory = c.remembers ? attention_forward_bytes<A, S>(c.memory) : 0;
         attention = arena.take<char>(static_cast<long>(own > memory ? own : memory));
     }
 };
@@ -155,7 +155,7 @@ class Step : StepShared<A, S> {
     void finish() {
         const Range mine = share(c.B, team.thread, team.threads);
         for (long b = mine.begin; b < mine.end; ++b) {
-            normalize_row(c.norms[c.memory.k.p ? 2 : 1], stream + b * ld, rows);
+            normalize_row(c.norms[c.remembers ? 2 : 1], stream + b * ld, rows);
             for (long i = 0; i < c.E; i += n)
                 store_n<A>(static_cast<S*>(c.y) + b * c.E + i, load<A>(rows + i), c.E - i);
         }
@@ -166,13 +166,14 @@ class Step : StepShared<A, S> {
         : Shared(c, shared), c(c), team(team), base(own), rows(own + c.B * ld) {}
 
     void run() {
+        meet();  // all have seen that all came with their memory, before one may lack some further on
         begin_part(0);
         ask(c.own_in);
         keep(1, c.new_k);
         keep(2, c.new_v);
         if (!attend(c.own, c.own_out)) return;
         int part = 1;
-        if (c.memory.k.p) {
+        if (c.remembers) {
             begin_part(part++);
             ask(c.memory_in);
             if (!attend(c.memory, c.memory_out)) return;

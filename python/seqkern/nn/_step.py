@@ -28,15 +28,19 @@ def in_one_call(
 ) -> Tensor | None:
     """The layer's step for one new position of each sequence, x [B, 1, E]; None where only its parts will do.
 
-    Those are hooks, parts of another class, many sequences, other devices, and another backend that is forced, or one
-    that is watched.
+    That is where they are no plain modules in eval mode (hooks, classes, parameters or a `_ff_block` of one's own,
+    other activations than ReLU and GELU), where sequences are many, dtypes or devices are mixed or no kernel's, a
+    gradient could be asked for, a compiler, a transform or autocast is at work, another backend is forced, or somebody
+    watches which one runs.
     """
     dtype = x.dtype
-    if x.shape[1] != 1 or x.shape[0] > few_rows(dtype) or not _backend.unseen("cpu"):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _backend.unseen("cpu"):
+        return None
+    if x.shape[1] != 1 or x.shape[0] > few_rows(dtype) or "_ff_block" in layer.__dict__:
         return None
     if not (_backend.CPU_READY and x.is_cpu and dtype in _backend.CPU_DTYPES):
         return None
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or _backend.in_transform():  # type: ignore[attr-defined]
+    if torch._C._is_any_autocast_enabled() or _backend.in_transform():  # type: ignore[attr-defined]
         return None
     parts: Any = layer._modules
     activation = activation_name(layer.activation)  # type: ignore[arg-type]
@@ -47,26 +51,29 @@ def in_one_call(
     ):
         return None
     attention, norm = parts["self_attn"], parts["norm1"]
-    weights, eps = [*_of_attention(attention), *_of(norm)], [norm.eps]
+    tensors: list[Any] = [*_of_attention(attention), *_of(norm)]
+    eps = [norm.eps]
     keys = values = hidden = added = None
     norm = parts["norm2"]
     if "multihead_attn" in parts:
-        weights += *_of_attention(parts["multihead_attn"]), *_of(norm)
+        if parts["multihead_attn"].num_heads != attention.num_heads:
+            return None
+        tensors += *_of_attention(parts["multihead_attn"]), *_of(norm)
         eps.append(norm.eps)
         keys, values = cache.recall(index)
         hidden, added, _ = cache.memory_seen
         norm = parts["norm3"]
-    weights += *_of(parts["linear1"]), *_of(parts["linear2"]), *_of(norm)
+    tensors += *_of(parts["linear1"]), *_of(parts["linear2"]), *_of(norm)
     eps.append(norm.eps)
-    for w in weights:
-        if w is not None and type(w) not in _backend.PLAIN:
-            return None
+    for t in (*tensors, keys, values):
+        if t is not None and (type(t) not in _backend.PLAIN or t.dtype is not dtype or not t.is_cpu):
+            return None  # also for text, see _of
     if added is not None and added.dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
         return None
     own, first = cache.storage(index, x, attention.num_heads), layer.norm_first
     memory = keys, values, hidden, added
     with torch._C._AutoDispatchBelowAutograd():
-        y = op(x[:, 0], own, cache.length, mask, *memory, weights, first, ACTIVATIONS[activation], eps)
+        y = op(x[:, 0], own, cache.length, mask, *memory, tensors, first, ACTIVATIONS[activation], eps)
     return y[:, None]
 
 
@@ -92,11 +99,13 @@ def _plain(parts: dict[str, Any], features: int) -> bool:
     return True
 
 
-def _of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+def _of(module: nn.Module) -> tuple[Tensor | str | None, Tensor | str | None]:
+    """Weight and bias; text for what the module has as something else than a parameter, which parts look up."""
     p = module._parameters
-    return p.get("weight"), p.get("bias")
+    return p.get("weight", "weight"), p.get("bias", "bias")
 
 
-def _of_attention(attention: nn.Module) -> tuple[Tensor | None, ...]:
-    p = attention._parameters
-    return p.get("in_proj_weight"), p.get("in_proj_bias"), *_of(attention._modules["out_proj"])  # type: ignore[arg-type]
+def _of_attention(attention: nn.Module) -> tuple[Tensor | str | None, ...]:
+    p, name = attention._parameters, "in_proj_weight"
+    projection: Any = attention._modules["out_proj"]
+    return p.get(name, name), p.get("in_proj_bias", "in_proj_bias"), *_of(projection)
