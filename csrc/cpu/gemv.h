@@ -141,9 +141,9 @@ SK_INLINE void few_rows_chains(const S* const* w, long K, const A* x, long ldx, 
     dot_chains<A, M, STREAMS>(w, by, to);
 }
 
-template <class A, int M, class S, class F>
+template <class A, int M, class S, class Put>
 SK_INLINE void few_rows_block(const S* w, long ldw, long K, long count, const A* x, long ldx, long row,
-                              const F& put) {
+                              const Put& put) {
     Multiplied<A> by[M];
     Vec<A> out[M];
     SK_UNROLL
@@ -153,20 +153,11 @@ SK_INLINE void few_rows_block(const S* w, long ldw, long K, long count, const A*
     for (int m = 0; m < M; ++m) put(row + m, out[m]);
 }
 
-// What is done with a vector of sums: those of a row of x and of the rows j.. of w, of which `count` count.
-template <class A>
-struct Put {
-    const void* context;
-    void (*call)(const void* context, long row, long j, long count, Vec<A> sums);
-    SK_INLINE void operator()(long row, long j, long count, Vec<A> sums) const {
-        call(context, row, j, count, sums);
-    }
-};
-
-// A thread's share of x[rows][K] times the N rows of w. Compiled once, whatever is put.
-template <class A, class S>
+// A thread's share of x[rows][K] times the N rows of w: put(row, j, count, sums) gets a vector of them for
+// each row, of which the first `count` count.
+template <class A, class S, class Put>
 void few_rows(const S* w, long ldw, long K, long N, const A* x, long ldx, long rows, long thread,
-              long threads, Put<A> put) {
+              long threads, const Put& put) {
     constexpr long n = Simd<A>::n, M = ROWS_TOGETHER;
     const long blocks = ceil_div(N, n), end = blocks * (thread + 1) / threads;
     long block = blocks * thread / threads;
@@ -182,7 +173,8 @@ void few_rows(const S* w, long ldw, long K, long N, const A* x, long ldx, long r
                 few_rows_chains<A, M>(from, K, x + row * ldx, ldx, chains[r] + row);
             for (; row < rows; ++row) few_rows_chains<A, 1>(from, K, x + row * ldx, ldx, chains[r] + row);
         }
-        for (long row = 0; row < rows; ++row) _Pragma("GCC unroll 1") for (int s = 0; s < STREAMS; ++s) {
+        for (long row = 0; row < rows; ++row)
+            for (int s = 0; s < STREAMS; ++s) {
                 Vec<A> each_row[n];
                 SK_UNROLL
                 for (int r = 0; r < n; ++r) each_row[r] = chains[r][row][s];
@@ -197,16 +189,6 @@ void few_rows(const S* w, long ldw, long K, long N, const A* x, long ldx, long r
             few_rows_block<A, M>(w + j * ldw, ldw, K, count, x, ldx, row, put_here);
         for (; row < rows; ++row) few_rows_block<A, 1>(w + j * ldw, ldw, K, count, x, ldx, row, put_here);
     }
-}
-
-// The same with anything that can be called as Put is.
-template <class A, class S, class F>
-SK_INLINE void few_rows_into(const S* w, long ldw, long K, long N, const A* x, long ldx, long rows,
-                             long thread, long threads, const F& put) {
-    const auto call = [](const void* context, long row, long j, long count, Vec<A> sums) {
-        (*static_cast<const F*>(context))(row, j, count, sums);
-    };
-    few_rows<A, S>(w, ldw, K, N, x, ldx, rows, thread, threads, {&put, call});
 }
 
 }  // namespace SEQKERN_ISA

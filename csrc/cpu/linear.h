@@ -37,8 +37,7 @@ void linear_run(const LinearCall& c, char* shared, const Team& team) {
         if (c.bias) out += load_n<A>(static_cast<const S*>(c.bias) + j, count);
         store_n<A>(static_cast<S*>(c.y) + row * c.N + j, activated<A>(c.activation, out), count);
     };
-    few_rows_into<A>(static_cast<const S*>(c.w), c.ld_w, c.K, c.N, x, ld, c.rows, team.thread, team.threads,
-                     put);
+    few_rows<A>(static_cast<const S*>(c.w), c.ld_w, c.K, c.N, x, ld, c.rows, team.thread, team.threads, put);
 }
 
 #define SK_FOR_STORAGE(dtype, CALL) \

@@ -102,15 +102,14 @@ class Step : StepShared<A, S> {
 
     // put(row, j, count, v) for the products of x with a thread's share of the weights' rows first..first +
     // N.
-    template <class F>
-    SK_INLINE void multiply(const Weights& w, long first, long N, long K, const A* x, long ldx,
-                            const F& put) const {
+    template <class Put>
+    void multiply(const Weights& w, long first, long N, long K, const A* x, long ldx, const Put& put) const {
         const S* bias = static_cast<const S*>(w.b) + (w.b ? first : 0);
-        few_rows_into<A>(static_cast<const S*>(w.w) + first * w.ld, w.ld, K, N, x, ldx, c.B, team.thread,
-                         team.threads, [&](long row, long j, long count, Vec<A> v) {
-                             if (w.b) v += load_n<A>(bias + j, count);
-                             put(row, j, count, v);
-                         });
+        few_rows<A>(static_cast<const S*>(w.w) + first * w.ld, w.ld, K, N, x, ldx, c.B, team.thread,
+                    team.threads, [&](long row, long j, long count, Vec<A> v) {
+                        if (w.b) v += load_n<A>(bias + j, count);
+                        put(row, j, count, v);
+                    });
     }
 
     // stream = base + what the weights make of x.
