@@ -60,11 +60,7 @@ class Arguments {
     std::vector<Tensor> kept_;
 
     void check(const Tensor& t, const char* name, const Sizes& sizes, std::optional<ScalarType> dtype) const {
-        auto got = t.sizes();
-        torch::headeronly::IntHeaderOnlyArrayRef want(sizes.data(), sizes.size());
-        bool same = got.size() == want.size();
-        for (size_t i = 0; same && i < got.size(); ++i) same = got[i] == want[i];
-        SK_REQUIRE(same, name, " has sizes ", written(got), ", expected ", written(want));
+        require_sizes(t, name, sizes);
         SK_REQUIRE(t.is_cpu(), name, " is not on the CPU");
         SK_REQUIRE(t.scalar_type() == dtype.value_or(input().scalar_type()), name,
                    " has another dtype than expected");

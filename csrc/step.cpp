@@ -1,6 +1,5 @@
 // seqkern::transformer_step on the CPU. The schema stands in python/seqkern/ops/transformer.py.
 #include <cmath>
-#include <initializer_list>
 
 #include "tensors.h"
 
@@ -53,24 +52,17 @@ class Arguments {
         SK_REQUIRE(t.is_cpu() && t.scalar_type() == x_.scalar_type(), name,
                    " has another dtype or device than x");
     }
-    static void sized(const Tensor& t, const char* name, std::initializer_list<int64_t> want) {
-        bool same = static_cast<size_t>(t.dim()) == want.size();
-        int64_t at = 0;
-        for (int64_t size : want) same = same && t.size(at++) == size;
-        SK_REQUIRE(same, name, " has sizes ", written(t.sizes()), ", expected ",
-                   written({want.begin(), want.size()}));
-    }
     const Tensor& plain(const Tensor& t) {
         return lies_plain(t) ? t : kept_.emplace_back(torch::stable::contiguous(t));
     }
     const void* vector(const Maybe& t, int64_t size, const char* name) {
         if (!t) return nullptr;
-        alike(*t, name), sized(*t, name, {size});
+        alike(*t, name), require_sizes(*t, name, {size});
         return plain(*t).const_data_ptr();
     }
     Weights matrix(const Maybe& w, const Maybe& b, int64_t rows, int64_t columns) {
         SK_REQUIRE(w, "a weight is missing");
-        alike(*w, "a weight"), sized(*w, "a weight", {rows, columns});
+        alike(*w, "a weight"), require_sizes(*w, "a weight", {rows, columns});
         const bool in_one_piece = w->stride(1) == 1 || columns == 1;
         const Tensor& lies = in_one_piece ? *w : kept_.emplace_back(torch::stable::contiguous(*w));
         return {lies.const_data_ptr(), lies.stride(0), vector(b, rows, "a bias")};
@@ -91,7 +83,7 @@ class Arguments {
     }
     // One number for each key of a sequence: [B, 1, 1, S].
     Plane plane(const Tensor& t, const char* name, long keys) {
-        sized(t, name, {call.B, 1, 1, keys});
+        require_sizes(t, name, {call.B, 1, 1, keys});
         SK_REQUIRE(t.is_cpu(), name, " is not on the CPU");
         const Tensor& lies = t.stride(3) == 1 ? t : kept_.emplace_back(torch::stable::contiguous(t));
         return {lies.const_data_ptr(), lies.stride(0), 0, 0, 1};
@@ -127,7 +119,7 @@ class Arguments {
             alike(*t, "the memory");
             SK_REQUIRE(t->dim() == 4 && t->stride(3) == 1, "the memory has sizes ", written(t->sizes()),
                        ", expected [B, heads, S, head size], the last ones side by side");
-            sized(*t, "the memory", {call.B, call.own.Hq, keys.size(2), call.own.D});
+            require_sizes(*t, "the memory", {call.B, call.own.Hq, keys.size(2), call.own.D});
         }
         call.memory = attention(call.own.Hq, call.own.D, keys.size(2));
         call.memory.k = {keys.const_data_ptr(), keys.stride(0), keys.stride(1), keys.stride(2)};

@@ -42,6 +42,13 @@ inline std::string written(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
     return text + "]";
 }
 
+inline void require_sizes(const Tensor& t, const char* name, const Sizes& sizes) {
+    const torch::headeronly::IntHeaderOnlyArrayRef got = t.sizes(), want(sizes.data(), sizes.size());
+    bool same = got.size() == want.size();
+    for (size_t i = 0; same && i < got.size(); ++i) same = got[i] == want[i];
+    SK_REQUIRE(same, name, " has sizes ", written(got), ", expected ", written(want));
+}
+
 inline bool lies_plain(const Tensor& t) {
     auto sizes = t.sizes(), strides = t.strides();
     int64_t want = 1;

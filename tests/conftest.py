@@ -29,7 +29,16 @@ if importlib.util.find_spec("hypothesis") is None:  # then its tests are skipped
 torch.backends.cudnn.allow_tf32 = False
 
 NATIVE = _library.native()
-CPU = [f"cpu-{isa}" for isa in NATIVE.isas()] if NATIVE else []
+ISAS = NATIVE.isas() if NATIVE else []
+CPU = [f"cpu-{isa}" for isa in ISAS]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """One instruction set for the length of a test."""
+    NATIVE.force_isa(request.param)
+    yield request.param
+    NATIVE.force_isa(None)
 
 
 @pytest.fixture(params=["reference", "torch", *CPU])

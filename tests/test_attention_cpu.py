@@ -15,7 +15,7 @@ from seqkern.ops import _library
 from seqkern.ops.attention import NEEDS
 from seqkern.spec import attention as spec
 from seqkern.spec.attention import Tensors
-from seqkern.testing import assert_close, relative_rms
+from seqkern.testing import assert_close, on_threads, relative_rms
 from seqkern.testing_attention import (
     BANDS,
     LAYOUTS,
@@ -47,13 +47,6 @@ def named(dtype):
 
 
 ISAS = NATIVE.isas() if NATIVE else ["none"]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    NATIVE.force_isa(request.param)
-    yield request.param
-    NATIVE.force_isa(None)
 
 
 def several(*args, **options) -> list[Case]:
@@ -158,14 +151,7 @@ def test_strides(dtype, how, L):
 )
 def test_bits_do_not_depend_on_threads(options):
     case = make_case(B=2, Hq=4, Hkv=2, L=150, S=700, D=32, **OPTIONS[options])
-    threads = torch.get_num_threads()
-    try:
-        found = []
-        for n in (1, 2, 3, 5):
-            torch.set_num_threads(n)
-            found.append(run(case))
-    finally:
-        torch.set_num_threads(threads)
+    found = on_threads(lambda: run(case))
     for other in found[1:]:
         for name, x in found[0].items():
             assert torch.equal(x, other[name]), name

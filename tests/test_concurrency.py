@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import seqkern
+from seqkern.testing import on_threads
 
 pytestmark = pytest.mark.built
 LIMIT = 60  # seconds, after which a call is taken to hang
@@ -47,13 +48,8 @@ def test_threads_at_once_equal_serial():
 
 
 def test_thread_count_changed_midway():
-    threads, want = torch.get_num_threads(), work(1)
-    try:
-        for n in (1, 3, 2, 5):
-            torch.set_num_threads(n)
-            assert torch.equal(work(1), want)
-    finally:
-        torch.set_num_threads(threads)
+    want = work(1)
+    assert all(torch.equal(got, want) for got in on_threads(lambda: work(1), (1, 3, 2, 5)))
 
 
 @pytest.mark.parametrize("kind", [seqkern.nn.LSTM, seqkern.nn.GRU])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import seqkern
 from seqkern.functional import linear
 from seqkern.ops import _backend, _linear_backends
-from seqkern.testing import DTYPES, poison, relative_rms, tolerance, worst
+from seqkern.testing import DTYPES, on_threads, poison, relative_rms, tolerance, worst
 
 ROWS = (1, 2, 3, 4, 5, 8, 17, 61)
 SIZES = [(1, 1), (3, 5), (16, 16), (17, 33), (100, 7), (512, 70), (65, 130), (1100, 40)]
@@ -23,10 +23,6 @@ def case(rows, K, N, dtype, bias=True):
 
 def wide(tensors):
     return tuple(t if t is None else t.double() for t in tensors)
-
-
-def few(dtype):
-    return _linear_backends.FEW_ROWS if dtype.itemsize > 2 else _linear_backends.FEW_ROWS_OF_16_BITS
 
 
 def hold(got, tensors, function=F.linear):
@@ -116,18 +112,12 @@ def test_any_strides(run_on):
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_is_the_same_among_others_and_on_any_number_of_threads(dtype, many):
-    rows = 300 if many else few(dtype)
+    rows = 300 if many else _linear_backends.few_rows(dtype)
     x, weight, bias = case(rows, 70, 900, dtype)
-    threads, found = torch.get_num_threads(), []
     with seqkern.backend("cpu"):
-        try:
-            for n in (1, 2, 3, 5):
-                torch.set_num_threads(n)
-                found.append(linear(x, weight, bias))
-        finally:
-            torch.set_num_threads(threads)
+        found = on_threads(lambda: linear(x, weight, bias))
         assert all(torch.equal(found[0], other) for other in found[1:])
-        parts = x.split(few(dtype) + 13 if many else 1)
+        parts = x.split(_linear_backends.few_rows(dtype) + 13 if many else 1)
         assert torch.equal(
             found[0],
             torch.cat([linear(part, weight, bias) for part in parts[:-1]] + [found[0][-len(parts[-1]) :]]),
@@ -183,7 +173,7 @@ def test_whose_rows_are_whose(dtype, dense, monkeypatch):
     monkeypatch.setattr(_linear_backends, "DENSE", dense)
     monkeypatch.setattr(_linear_backends, "BF16_DOT", True)
     monkeypatch.setattr(_linear_backends, "TERM_BY_TERM", frozenset())
-    most = few(dtype)
+    most = _linear_backends.few_rows(dtype)
     fewest, next_, many = (case(rows, 500, 500, dtype) for rows in (most, most + 1, 600))
     assert chosen(*fewest).name == "cpu"
     hold(linear(*fewest), fewest)

@@ -6,28 +6,28 @@ import pytest
 import torch
 
 from seqkern import testing
-from seqkern.ops import _library
-from seqkern.testing import DTYPES, Case, check_op, make_case, oracle, run_op, run_torch, torch_errors
+from seqkern.testing import (
+    DTYPES,
+    Case,
+    check_op,
+    make_case,
+    on_threads,
+    oracle,
+    run_op,
+    run_torch,
+    torch_errors,
+)
 
 pytestmark = [
     pytest.mark.native,
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),  # torch's
 ]
 
-NATIVE = _library.native()
-ISAS = NATIVE.isas() if NATIVE else []
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 FORMS = [("dense", False), ("dense", True), ("packed", False), ("packed", True), ("step", False)]
 
 # T, B, I, H: single elements, odd sizes, a batch of one, sizes past a vector and past a cache-sized chunk.
 SHAPES = [(1, 1, 1, 1), (7, 3, 5, 6), (5, 1, 17, 33), (3, 19, 8, 16), (4, 33, 40, 65), (9, 2, 64, 130)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    NATIVE.force_isa(request.param)
-    yield request.param
-    NATIVE.force_isa(None)
 
 
 @pytest.mark.parametrize(("form", "bidirectional"), FORMS)
@@ -62,19 +62,18 @@ def test_op_over_many_steps(isa, cell, dtype, form, T, B):
     check_op(make_case(cell, form, dtype, **sizes, bidirectional=True), what=f"{isa} {cell} {form}")
 
 
+def same_for_any_thread_count(case: Case):
+    first, *others = on_threads(lambda: run_op(case))
+    for other in others:
+        assert [k for k in first if not torch.equal(first[k], other[k])] == []
+
+
 @pytest.mark.parametrize(("cell", "H"), [("lstm", 520), ("gru", 110), ("rnn_tanh", 190)])
 def test_one_sequence_on_large_weights(isa, cell, H):
     """Recurrent weights beyond 128 KB, packed for one sequence on some machines; the LSTM's fill huge pages."""
-    case, threads, found = make_case(cell, T=71, B=1, I=9, H=H), torch.get_num_threads(), []
+    case = make_case(cell, T=71, B=1, I=9, H=H)
     check_op(case, what=f"{isa} {cell} {H}")
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            found.append(run_op(case))
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert [name for name in found[0] if not torch.equal(found[0][name], other[name])] == []
+    same_for_any_thread_count(case)
 
 
 @pytest.mark.parametrize(("form", "bidirectional"), FORMS)
@@ -138,19 +137,6 @@ def test_op_empty_batch(isa, cell, form):
     got, want = run_op(make_case(cell, form, B=0)), oracle(make_case(cell, form, B=0))
     for name, t in want.items():
         assert got[name].shape == t.shape and torch.equal(got[name].double(), t), name
-
-
-def same_for_any_thread_count(case: Case):
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for n in (1, 2, 3, 5):
-            torch.set_num_threads(n)
-            results.append(run_op(case))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert [k for k in results[0] if not torch.equal(results[0][k], other[k])] == []
 
 
 @pytest.mark.parametrize(("form", "bidirectional"), FORMS)

@@ -55,90 +55,33 @@ struct KeyStreams {
     }
 };
 
-// out[m][0..C n) (+)= the weights p[m] of `width` keys from each stream, times their values; `sizes` of them
-// count.
-template <class A, int M, int C>
-SK_INLINE void few_values(const Rows<A>* from, const long* sizes, const A* p, long width, long column, A* out,
-                          long ldo, bool begun) {
-    constexpr long n = Simd<A>::n;
-    Vec<A> sums[M][C];
-    SK_UNROLL
-    for (int m = 0; m < M; ++m) SK_UNROLL
-    for (int c = 0; c < C; ++c) sums[m][c] = begun ? load<A>(out + m * ldo + c * n) : Vec<A>{};
-    const auto add = [&](int s, long k) {
-        const A* row = from[s].p + k * from[s].ld + column;
-        Vec<A> v[C];
-        SK_UNROLL
-        for (int c = 0; c < C; ++c) v[c] = load<A>(row + c * n);
-        SK_UNROLL
-        for (int m = 0; m < M; ++m) {
-            const A weight = p[m * KEYS + s * width + k];
-            SK_UNROLL
-            for (int c = 0; c < C; ++c) sums[m][c] += v[c] * weight;
-        }
-    };
-    const long common = sizes[STREAMS - 1];
-    for (long k = 0; k < common; ++k) SK_UNROLL
-    for (int s = 0; s < STREAMS; ++s) add(s, k);
-    for (int s = 0; s < STREAMS; ++s)
-        for (long k = common; k < sizes[s]; ++k) add(s, k);
-    SK_UNROLL
-    for (int m = 0; m < M; ++m) SK_UNROLL
-    for (int c = 0; c < C; ++c) store<A>(out + m * ldo + c * n, sums[m][c]);
-}
-
-template <class A, int M, int C>
-SK_INLINE void few_values_of(const Rows<A>* from, const long* sizes, const A* p, long width, long column,
-                             long Nv, A* out, bool begun) {
-    constexpr long n = Simd<A>::n;
-    for (; column + C * n <= Nv; column += C * n)
-        few_values<A, M, C>(from, sizes, p, width, column, out + column, Nv + n, begun);
-    if constexpr (C > 1)
-        if (column < Nv) few_values_of<A, M, C / 2>(from, sizes, p, width, column, Nv, out, begun);
-}
-
-// The same of several queries with the sums in memory: a key's values are read in one piece, where registers
-// for the sums of all queries would leave a line of it at a time, which the processor does not run ahead of.
+// out[m][0..Nv) (+)= the weights p[m] of `width` keys from each stream, of which `sizes` count, times their
+// values. The sums stay in memory: registers for those of several queries would leave some bytes of a row at
+// a time, and of rows that are read piece by piece the processor does not run ahead.
 template <class A>
-void few_values_by_key(const Rows<A>* from, const long* sizes, const A* p, long count, long width, long Nv,
-                       A* out, bool begun) {
+void few_values(const Rows<A>* from, const long* sizes, const A* p, long count, long width, long Nv, A* out,
+                bool begun) {
     constexpr long n = Simd<A>::n;
     const long ldo = Nv + n, common = sizes[STREAMS - 1];
     for (long m = 0; m < count && !begun; ++m)
         for (long c = 0; c < Nv; c += n) store<A>(out + m * ldo + c, Vec<A>{});
     for (long k = 0; k < common; ++k)
-        for (long m = 0; m < count; ++m) {
-            A weight[STREAMS];
-            SK_UNROLL
-            for (int s = 0; s < STREAMS; ++s) weight[s] = p[m * KEYS + s * width + k];
+        for (long m = 0; m < count; ++m)
             for (long c = 0; c < Nv; c += n) {
                 Vec<A> sum = load<A>(out + m * ldo + c);
                 SK_UNROLL
-                for (int s = 0; s < STREAMS; ++s) sum += load<A>(from[s].p + k * from[s].ld + c) * weight[s];
+                for (int s = 0; s < STREAMS; ++s)
+                    sum += load<A>(from[s].p + k * from[s].ld + c) * p[m * KEYS + s * width + k];
                 store<A>(out + m * ldo + c, sum);
             }
-        }
     for (int s = 0; s < STREAMS; ++s)
         for (long k = common; k < sizes[s]; ++k)
             for (long m = 0; m < count; ++m)
                 for (long c = 0; c < Nv; c += n) {
                     A* o = out + m * ldo + c;
-                    store<A>(o, load<A>(o) +
-                                    load<A>(from[s].p + k * from[s].ld + c) * p[m * KEYS + s * width + k]);
+                    const Vec<A> v = load<A>(from[s].p + k * from[s].ld + c);
+                    store<A>(o, load<A>(o) + v * p[m * KEYS + s * width + k]);
                 }
-}
-
-// All rows of weights.
-template <class A, int M = SEQKERN_ACCUMULATORS < 16 ? 1 : 4>
-void few_values_all(const Rows<A>* from, const long* sizes, const A* p, long count, long width, long Nv,
-                    A* out, bool begun) {
-    constexpr int C = (SEQKERN_ACCUMULATORS < 16 ? 8 : 16) / M;  // so many sums hide the time of one
-    if (SEQKERN_ACCUMULATORS < 16 && count > 1)
-        return few_values_by_key(from, sizes, p, count, width, Nv, out, begun);
-    for (; count >= M; count -= M, p += M * KEYS, out += M * (Nv + Simd<A>::n))
-        few_values_of<A, M, C>(from, sizes, p, width, 0, Nv, out, begun);
-    if constexpr (M > 1)
-        if (count > 0) few_values_all<A, M / 2>(from, sizes, p, count, width, Nv, out, begun);
 }
 
 // The scores of M queries and a vector of keys of each stream, the `at`-th of `width` and of those from i on:
@@ -221,7 +164,7 @@ bool few_queries(const AttentionForward& c, const Sequence& s, long kv_head, con
                 without_unseen<A>(c, s, &panel, 1, block<A, S>(c.v, s, kv_head, there, c.Dv, room, true),
                                   {first, first + size}, c.Dv, room);
         }
-        few_values_all<A>(values, sizes, tile, panel.count, width, Nv, run.out, begun);
+        few_values<A>(values, sizes, tile, panel.count, width, Nv, run.out, begun);
         begun = true;
     }
     return begun;

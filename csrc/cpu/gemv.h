@@ -141,18 +141,6 @@ SK_INLINE void few_rows_chains(const S* const* w, long K, const A* x, long ldx, 
     dot_chains<A, M, STREAMS>(w, by, to);
 }
 
-template <class A, int M, class S, class Put>
-SK_INLINE void few_rows_block(const S* w, long ldw, long K, long count, const A* x, long ldx, long row,
-                              const Put& put) {
-    Multiplied<A> by[M];
-    Vec<A> out[M];
-    SK_UNROLL
-    for (int m = 0; m < M; ++m) by[m] = Multiplied<A>(x + (row + m) * ldx, K);
-    dot_rows<A, M>(w, ldw, count, by, out);
-    SK_UNROLL
-    for (int m = 0; m < M; ++m) put(row + m, out[m]);
-}
-
 // A thread's share of x[rows][K] times the N rows of w: put(row, j, count, sums) gets a vector of them for
 // each row, of which the first `count` count.
 template <class A, class S, class Put>
@@ -183,11 +171,9 @@ void few_rows(const S* w, long ldw, long K, long N, const A* x, long ldx, long r
     }
     for (block += (STREAMS - 1) * max_of(each, 0); block < end; ++block) {
         const long j = block * n, count = min_of(n, N - j);
-        const auto put_here = [&](long row, Vec<A> sums) { put(row, j, count, sums); };
-        long row = 0;
-        for (; row + M <= rows; row += M)
-            few_rows_block<A, M>(w + j * ldw, ldw, K, count, x, ldx, row, put_here);
-        for (; row < rows; ++row) few_rows_block<A, 1>(w + j * ldw, ldw, K, count, x, ldx, row, put_here);
+        A sums[FEW_ROWS * n];
+        rows_as_they_lie<A>(w + j * ldw, ldw, K, count, rows, x, ldx, sums, n, false);
+        for (long row = 0; row < rows; ++row) put(row, j, count, load<A>(sums + row * n));
     }
 }
 

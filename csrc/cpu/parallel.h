@@ -87,11 +87,11 @@ struct Group {
 // Where there are rows for all, but W_hh is read from far in every step: each thread reads its part of it for
 // all rows rather than all of it for its rows.
 SK_INLINE bool parts_weights(const Layer& c, long per_direction) {
-    constexpr long FAR = 8L << 20, FEW_ROWS = 64;  // bytes; rows of a thread
+    constexpr long FAR = 8L << 20, MOST_ROWS = 64;  // bytes; rows of a thread
     const long gates = c.cell == Cell::lstm ? 4 : c.cell == Cell::gru ? 3 : 1;
     const long bytes = gates * c.H * c.P * (c.dtype == Dtype::f64 ? 8 : 4);
     return SEQKERN_VECTOR_BYTES == 32 && bytes >= FAR && c.B >= per_direction * ROWS_WORTH_A_THREAD &&
-           c.B <= per_direction * FEW_ROWS;
+           c.B <= per_direction * MOST_ROWS;
 }
 
 SK_INLINE long groups_per_direction(const Layer& c, int threads) {

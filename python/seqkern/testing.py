@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from seqkern.spec import CELLS
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FORMS = ("dense", "packed", "step")
 Tensors = tuple[Tensor | None, ...]
+T = TypeVar("T")
 
 
 @contextmanager
@@ -60,6 +62,18 @@ def poison(*tensors: Tensor | None) -> None:
     for _ in range(3):
         held = [torch.full_like(t, torch.nan) for t in tensors if t is not None and t.is_floating_point()]
         del held
+
+
+def on_threads(run: Callable[[], T], counts: Sequence[int] = (1, 2, 3, 5)) -> list[T]:
+    """What ``run`` gives with each number of torch's threads."""
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in counts:
+            torch.set_num_threads(n)
+            found.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    return found
 
 
 def assert_close(

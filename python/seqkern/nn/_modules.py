@@ -7,12 +7,17 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def changed(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says: hooks of its own, or a forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return bool(hooks or module._backward_pre_hooks or "forward" in module.__dict__)
+
+
 def unheard(module: nn.Module, known: type[nn.Module]) -> bool:
     """Whether calling the module is what its class does, and nobody listens: then its work can be done elsewhere."""
-    if torch.compiler.is_compiling() or type(module) is not known or "forward" in vars(module):
+    if torch.compiler.is_compiling() or type(module) is not known or changed(module):
         return False
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return not (hooks or module._backward_pre_hooks or nn.modules.module._has_any_global_hook())
+    return not nn.modules.module._has_any_global_hook()
 
 
 def activation_name(function: Callable) -> str | None:

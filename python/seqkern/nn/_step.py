@@ -1,4 +1,4 @@
-"""A decoding step of one layer as one call of `seqkern::transformer_step`, instead of some fifty of its parts."""
+"""A decoding step of one layer as one call of `seqkern::transformer_step`, instead of calls of its parts."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from seqkern.nn._modules import activation_name
+from seqkern.nn._modules import activation_name, changed
 from seqkern.nn.attention import MultiheadAttention
 from seqkern.nn.cache import KVCache
 from seqkern.ops import _backend
@@ -28,13 +28,13 @@ def in_one_call(
 ) -> Tensor | None:
     """The layer's step for one new position of each sequence, x [B, 1, E]; None where only its parts will do.
 
-    That is where they are no plain modules in eval mode (hooks, classes, parameters or a `_ff_block` of one's own,
-    other activations than ReLU and GELU), where sequences are many, dtypes or devices are mixed or no kernel's, a
-    gradient could be asked for, a compiler, a transform or autocast is at work, another backend is forced, or somebody
-    watches which one runs.
+    That is where layer or parts are no plain modules in eval mode (hooks, classes, parameters or a `_ff_block` of one's
+    own, other activations than ReLU and GELU), where sequences are many, dtypes or devices are mixed or no kernel's, a
+    compiler, a transform or autocast is at work, another backend is forced, or somebody watches which one runs. There
+    is no gradient.
     """
     dtype = x.dtype
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _backend.unseen("cpu"):
+    if torch.compiler.is_compiling() or not (vars(type(layer)).get("in_one_call") and _backend.unseen("cpu")):
         return None
     if x.shape[1] != 1 or x.shape[0] > few_rows(dtype) or "_ff_block" in layer.__dict__:
         return None
@@ -70,7 +70,7 @@ def in_one_call(
             return None  # also for text, see _of
     if added is not None and added.dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
         return None
-    own, first = cache.storage(index, x, attention.num_heads), layer.norm_first
+    own, first = cache.storage(index, x, attention.num_heads, attention.head_dim), layer.norm_first
     memory = keys, values, hidden, added
     with torch._C._AutoDispatchBelowAutograd():
         y = op(x[:, 0], own, cache.length, mask, *memory, tensors, first, ACTIVATIONS[activation], eps)
@@ -89,8 +89,7 @@ def _plain(parts: dict[str, Any], features: int) -> bool:
             return False
         if known is MultiheadAttention:
             continue
-        heard = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
-        if heard or part._backward_pre_hooks or "forward" in part.__dict__:
+        if changed(part):
             return False
         if known is nn.Dropout and part.training:
             return False

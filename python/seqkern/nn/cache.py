@@ -152,20 +152,16 @@ class KVCache:
         self._real[:, length:wanted] = True if padding is None else ~padding
         return self._real[:, None, None, :wanted]
 
-    def storage(self, layer: int, like: Tensor, heads: int) -> Tensor:
-        """[B, 2, H, capacity, D], a layer's keys and values for rows ``like`` [B, n, E]; made when it is new."""
+    def storage(self, layer: int, like: Tensor, heads: int, size: int) -> Tensor:
+        """[B, 2, H, capacity, D], a layer's keys and values for as many sequences as ``like`` has; made when new."""
         if layer == len(self._own):
-            B, _, E = like.shape
-            self._own.append(like.new_empty(B, 2, heads, self._capacity, E // heads))
+            self._own.append(like.new_empty(like.shape[0], 2, heads, self._capacity, size))
         return self._own[layer]
 
     def write(self, layer: int, pair: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, 2, H, n, D] of a layer's new positions -> those of all positions, [B, H, S, D] each."""
         length, wanted = self._length, self._length + pair.shape[3]
-        if layer == len(self._own):
-            B, two, H, _, D = pair.shape
-            self._own.append(pair.new_empty(B, two, H, self._capacity, D))
-        held = self._own[layer].narrow(3, 0, wanted)
+        held = self.storage(layer, pair, pair.shape[2], pair.shape[4]).narrow(3, 0, wanted)
         held.narrow(3, length, pair.shape[3]).copy_(pair)
         return held.unbind(1)  # type: ignore[return-value]
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from seqkern.functional import linear
 from seqkern.nn import _masks
 from seqkern.nn._modules import activation_name, unheard
-from seqkern.nn._step import in_one_call
 from seqkern.nn.attention import MultiheadAttention
 from seqkern.nn.cache import KVCache
 from seqkern.nn.generation import Generated, advance, generate
@@ -80,6 +79,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     torch.Size([3, 5, 8])
     """
 
+    in_one_call = True  #: whether this very class's step is `_step.in_one_call`'s; no subclass's is
+
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         _adopt(self)
@@ -104,10 +105,6 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     def step(self, x: Tensor, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
         """The layer of new positions x [B, n, E], as `TransformerEncoder.step` calls it."""
-        if type(self) is TransformerEncoderLayer:
-            found = in_one_call(self, x, cache, layer, mask)
-            if found is not None:
-                return found
         own: MultiheadAttention = self.self_attn  # type: ignore[assignment]
         return _residual(
             self,
@@ -135,6 +132,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     torch.Size([3, 5, 8])
     """
 
+    in_one_call = True  #: whether this very class's step is `_step.in_one_call`'s; no subclass's is
+
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         _adopt(self)
@@ -148,10 +147,6 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
     def step(self, x: Tensor, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
         """The layer of new positions x [B, n, E], as `TransformerDecoder.step` calls it."""
-        if type(self) is TransformerDecoderLayer:
-            found = in_one_call(self, x, cache, layer, mask)
-            if found is not None:
-                return found
         own: MultiheadAttention = self.self_attn  # type: ignore[assignment]
         cross: MultiheadAttention = self.multihead_attn  # type: ignore[assignment]
         return _residual(
