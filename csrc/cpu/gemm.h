@@ -74,9 +74,10 @@ struct Panels {
     const E* first;
     long ld, stride;  // from one step along k to the next, from one panel to the next
 
-    SK_INLINE Panels from(long panel, long k = 0) const {
-        return {first + panel * stride + k / Factor<E>::depth * ld, ld, stride};
+    SK_INLINE const E* at(long panel, long k = 0) const {
+        return first + panel * stride + k / Factor<E>::depth * ld;
     }
+    SK_INLINE Panels from(long panel, long k = 0) const { return {at(panel, k), ld, stride}; }
 };
 
 // Four steps along k to a round: what counts and jumps takes the place of multiply-adds, and the end of 32
@@ -97,13 +98,14 @@ struct Lead {
     long K;
 };
 
+// Numbers one by one: a struct of them would be written in parts and read as a whole, which no processor
+// forwards, so that each tile would wait until the one before it has left the pipeline.
 template <class E, int MR, int NV, int NP, bool KMAJOR, bool LED = false>
-void tile(const E* __restrict a, long lda, Panels<E> from, long K, Sum<E>* o, long ldo, long o_stride,
-          bool accumulate, const Lead<E>* lead) {
+void tile(const E* __restrict a, long lda, const E* __restrict b, long ldb, long b_stride, long K, Sum<E>* o,
+          long ldo, long o_stride, bool accumulate, const Lead<E>* lead) {
     using F = Factor<E>;
     using A = Sum<E>;
     constexpr int n = Simd<A>::n;
-    const E* __restrict b = from.first;
     Vec<A> acc[NP][MR][NV];
     SK_UNROLL
     for (int p = 0; p < NP; ++p) SK_UNROLL
@@ -124,7 +126,7 @@ void tile(const E* __restrict a, long lda, Panels<E> from, long K, Sum<E>* o, lo
             typename F::Each bv[NP][NV];
             SK_UNROLL
             for (int p = 0; p < NP; ++p) SK_UNROLL
-            for (int v = 0; v < NV; ++v) bv[p][v] = F::load(b + p * from.stride + v * n * F::depth);
+            for (int v = 0; v < NV; ++v) bv[p][v] = F::load(b + p * b_stride + v * n * F::depth);
             SK_UNROLL
             for (int m = 0; m < MR; ++m) {
                 const auto s = F::spread(KMAJOR ? a + m * F::depth : rows[m / 3] + (m % 3) * lda);
@@ -132,7 +134,7 @@ void tile(const E* __restrict a, long lda, Panels<E> from, long K, Sum<E>* o, lo
                 for (int p = 0; p < NP; ++p) SK_UNROLL
                 for (int v = 0; v < NV; ++v) F::add(acc[p][m][v], s, bv[p][v]);
             }
-            b += from.ld;
+            b += ldb;
             if (KMAJOR) {
                 a += lda;
             } else {
@@ -151,7 +153,8 @@ void tile(const E* __restrict a, long lda, Panels<E> from, long K, Sum<E>* o, lo
 }
 
 template <class E>
-using TileFn = void (*)(const E*, long, Panels<E>, long, Sum<E>*, long, long, bool, const Lead<E>*);
+using TileFn = void (*)(const E*, long, const E*, long, long, long, Sum<E>*, long, long, bool,
+                        const Lead<E>*);
 
 template <class E, int NV, int NP, bool KMAJOR, bool LED = false, int MR = max_rows<NV>()>
 SK_INLINE TileFn<E> find_tile(long rows) {
@@ -178,8 +181,8 @@ constexpr long K_BLOCK = 1024 * Factor<E>::depth;
 
 // o[panel][row][W] (+)= a[row][k] b[panel][k][W]; KMAJOR: a[k][row]
 template <class E, int NV, bool KMAJOR = false>
-void gemm(long M, const E* a, long lda, Panels<E> b, long panels, long K, Sum<E>* o, long ldo, long o_stride,
-          bool accumulate) {
+void gemm(long M, const E* a, long lda, const Panels<E>& b, long panels, long K, Sum<E>* o, long ldo,
+          long o_stride, bool accumulate) {
     if (M <= 0) return;
     constexpr int STEP = Factor<E>::depth;
     long tiles = ceil_div(M, max_rows<NV>()), base = M / tiles, longer = M % tiles;
@@ -193,8 +196,8 @@ void gemm(long M, const E* a, long lda, Panels<E> b, long panels, long K, Sum<E>
             TileFn<E> large = longer ? tile_for<E, NV, KMAJOR>(base + 1, group) : small;
             for (long i = 0, row = 0; i < tiles; ++i) {
                 long rows = base + (i < longer);
-                (i < longer ? large : small)(from + row * (KMAJOR ? STEP : lda), lda, b.from(p, k0), depth,
-                                             o + p * o_stride + row * ldo, ldo, o_stride,
+                (i < longer ? large : small)(from + row * (KMAJOR ? STEP : lda), lda, b.at(p, k0), b.ld,
+                                             b.stride, depth, o + p * o_stride + row * ldo, ldo, o_stride,
                                              accumulate || k0 > 0, nullptr);
                 row += rows;
             }
@@ -206,11 +209,13 @@ void gemm(long M, const E* a, long lda, Panels<E> b, long panels, long K, Sum<E>
 // o[row][W] = lead.a lead.b + a b of one panel, each sum one chain through both. Neither K may exceed
 // K_BLOCK.
 template <class E, int NV>
-void gemm_led(long M, Lead<E> lead, const E* a, long lda, Panels<E> b, long K, Sum<E>* o, long ldo) {
+SK_INLINE void gemm_led(long M, Lead<E> lead, const E* a, long lda, const E* b, long ldb, long K, Sum<E>* o,
+                        long ldo) {
     const long tiles = ceil_div(M, max_rows<NV>());
     for (long i = 0; i < tiles; ++i) {
         const long row = M * i / tiles, rows = M * (i + 1) / tiles - row;
-        find_tile<E, NV, 1, false, true>(rows)(a + row * lda, lda, b, K, o + row * ldo, ldo, 0, false, &lead);
+        find_tile<E, NV, 1, false, true>(rows)(a + row * lda, lda, b, ldb, 0, K, o + row * ldo, ldo, 0, false,
+                                               &lead);
         lead.a += rows * lead.lda;
     }
 }
@@ -232,6 +237,31 @@ template <class A>
 SK_INLINE void transpose(Vec<A>* rows) {
     constexpr int n = Simd<A>::n;
     using I = typename Simd<A>::I;
+#if SEQKERN_VECTOR_BYTES == 32
+    // Within halves of 16 bytes an interleaving is one instruction; the halves change places last.
+    if constexpr (n == 8) {
+        constexpr I low = {0, 8, 1, 9, 4, 12, 5, 13}, high = {2, 10, 3, 11, 6, 14, 7, 15};
+        constexpr I pairs_low = {0, 1, 8, 9, 4, 5, 12, 13}, pairs_high = {2, 3, 10, 11, 6, 7, 14, 15};
+        constexpr I first = {0, 1, 2, 3, 8, 9, 10, 11}, second = {4, 5, 6, 7, 12, 13, 14, 15};
+        Vec<A> two[n], four[n];
+        SK_UNROLL
+        for (int i = 0; i < n; i += 2) {
+            two[i] = __builtin_shuffle(rows[i], rows[i + 1], low);
+            two[i + 1] = __builtin_shuffle(rows[i], rows[i + 1], high);
+        }
+        SK_UNROLL
+        for (int i = 0; i < n; ++i) {
+            const int from = i / 4 * 4 + i % 4 / 2;
+            four[i] = __builtin_shuffle(two[from], two[from + 2], i % 2 ? pairs_high : pairs_low);
+        }
+        SK_UNROLL
+        for (int i = 0; i < n / 2; ++i) {
+            rows[i] = __builtin_shuffle(four[i], four[i + 4], first);
+            rows[i + 4] = __builtin_shuffle(four[i], four[i + 4], second);
+        }
+        return;
+    }
+#endif
     constexpr I low = lanes<A>([](int i) { return i / 2 + (i % 2) * n; });
     constexpr I high = lanes<A>([](int i) { return i / 2 + n / 2 + (i % 2) * n; });
     SK_UNROLL

@@ -86,7 +86,7 @@ void gates_of_both(long rows, const E* x, long ldx, const E* w_ih, long I, const
     for (int part = 0; part < Sh::PARTS; ++part) {
         const E *wx = w_ih + panel * I * Sh::W + part * I * width,
                 *wh = w_hh + panel * P * Sh::W + part * P * width;
-        gemm_led<E, Sh::PART>(rows, {x, ldx, wx, I}, h, ldh, {wh, width, 0}, P, o + part * width, Sh::W);
+        gemm_led<E, Sh::PART>(rows, {x, ldx, wx, I}, h, ldh, wh, width, P, o + part * width, Sh::W);
     }
 }
 
