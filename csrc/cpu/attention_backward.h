@@ -349,11 +349,14 @@ struct BackwardUnit {
         const A scale = factor_of_scores();
         const Dropout<A> dropout(c, s, panel);
         const PlaneRows<A> given(c.grad_weights, s, panel);
-        for (long first = seen.begin; first < seen.end; first += 4)
+        for (long first = seen.begin; first < seen.end; first += 4) {
+            const long count = min_of(4, seen.end - first);
+            Vec<A> kept[2][4];
+            SK_UNROLL
+            for (int weight = 0; weight < 8; ++weight) kept[weight / 4][weight % 4] = Vec<A>{} + 1;
+            if (c.dropout_p > 0) dropout.factors(first, kept);
             for (long half = 0; half < 2; ++half) {
-                const long count = min_of(4, seen.end - first);
-                Vec<A> kept[4] = {Vec<A>{} + 1, Vec<A>{} + 1, Vec<A>{} + 1, Vec<A>{} + 1}, dw[n] = {};
-                if (c.dropout_p > 0) dropout.factors(half, first, kept);
+                Vec<A> dw[n] = {};
                 if (c.grad_weights.p) given.template keys<S>(half, first, min_of(count, n), dw);
                 for (long j = 0; j < count; ++j) {
                     // a vector of two lanes is filled two keys at a time
@@ -362,11 +365,12 @@ struct BackwardUnit {
                     A* p_at = tile + (first - seen.begin + j) * ROWS + half * n;
                     A* d_at = d_tile + (first - seen.begin + j) * ROWS + half * n;
                     const Vec<A> w = load<A>(p_at),
-                                 dp = (load<A>(d_at) + dw[j % n] * weight_share()) * kept[j];
-                    store<A>(p_at, w * kept[j]);
+                                 dp = (load<A>(d_at) + dw[j % n] * weight_share()) * kept[half][j];
+                    store<A>(p_at, w * kept[half][j]);
                     store<A>(d_at, w == 0 ? Vec<A>{} : w * (dp - taken[half]) * scale);
                 }
             }
+        }
     }
 
     // Without a cap or what takes the gradient of the scores themselves, their factor goes in at once.

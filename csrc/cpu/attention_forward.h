@@ -37,18 +37,13 @@ SK_INLINE void join_softmax(A* tile, long keys, const Running<A>& run, long coun
         store<A>(run.l + half * n, load<A>(run.l + half * n) * f);
     }
     for (long lane = 0; lane < count; ++lane) fades = fades || fade[lane] != 1;
-    for (long k = 0; k < keys; ++k) SK_UNROLL
-    for (int half = 0; half < HALVES; ++half) {
-        A* at = tile + k * W + half * n;
-        const Vec<A> p = exp2_below<A>(load<A>(at) - shift[half]);
-        sum[half] += p;
-        store<A>(at, p);
-    }
+    exponentials<A, HALVES>(tile, W, keys, shift, sum);
     SK_UNROLL
     for (int half = 0; half < HALVES; ++half)
         store<A>(run.l + half * n, load<A>(run.l + half * n) + sum[half]);
     if (!fades) return;
     for (long lane = 0; lane < count; ++lane) {
+        if (fade[lane] == 1) continue;
         A* row = run.out + lane * (Nv + n);
         for (long c = 0; c < Nv; c += n) store<A>(row + c, load<A>(row + c) * fade[lane]);
     }
@@ -57,15 +52,14 @@ SK_INLINE void join_softmax(A* tile, long keys, const Running<A>& run, long coun
 template <class A>
 SK_INLINE void drop_weights(const Dropout<A>& dropout, A* tile, Span keys) {
     constexpr long n = Simd<A>::n, W = 2 * n;
-    for (long k = keys.begin; k < keys.end; k += 4)
-        for (long half = 0; half < 2; ++half) {
-            Vec<A> factor[4];
-            dropout.factors(half, k, factor);
-            for (long j = 0; j < min_of(4, keys.end - k); ++j) {
-                A* at = tile + (k - keys.begin + j) * W + half * n;
-                store<A>(at, load<A>(at) * factor[j]);
-            }
+    for (long k = keys.begin; k < keys.end; k += 4) {
+        Vec<A> factor[2][4];
+        dropout.factors(k, factor);
+        for (long at = 0; at < 2 * min_of(4, keys.end - k); ++at) {
+            A* to = tile + (k - keys.begin) * W + at * n;
+            store<A>(to, load<A>(to) * factor[at % 2][at / 2]);
         }
+    }
 }
 
 // How the rows of a call are shared out. Into how many parts the keys are split follows from its sizes alone,
@@ -189,9 +183,11 @@ struct ForwardUnit {
                 if (here.empty()) continue;
                 const long size = here.end - here.begin, skip = here.begin - keys.begin;
                 const bool half = panels[p].count <= n;
+                const Scores<A> scores(c, s, panels[p]);
+                scores.template fetch<S>(here);
                 (half ? gemm<A, 1> : gemm<A, 2>)(size, kr.p + skip * kr.ld, kr.ld,
                                                  {columns + p * c.D * W, W, 0}, 1, c.D, tile, W, 0, false);
-                Scores<A>(c, s, panels[p]).template apply<S>(tile, W, here, nullptr);
+                scores.template apply<S>(tile, W, here, nullptr);
                 const long fading = begun[p] ? panels[p].count : 0;
                 if (half) {
                     join_softmax<A, 1>(tile, size, running[p], fading, plan.Nv);

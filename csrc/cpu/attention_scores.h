@@ -16,9 +16,11 @@ SK_INLINE A query_factor(const AttentionCall& c) {
     return static_cast<A>(c.softcap > 0 ? c.scale / c.softcap : c.scale * LOG2E);
 }
 
-// The rows of a plane [B, H, L, S] for the lanes of a panel.
+// The rows of a plane [B, H, L, S] for the lanes of a panel. The bytes of a mask come as integers in the
+// lanes' bits.
 template <class A>
 struct PlaneRows {
+    using I = typename Simd<A>::I;
     static constexpr long n = Simd<A>::n, W = 2 * n;
     const void* p;
     long at[W] = {}, j;
@@ -39,10 +41,10 @@ struct PlaneRows {
     SK_INLINE void keys(long half, long first, long count, Vec<A>* out) const {
         const T* from = static_cast<const T*>(p);
         if (same) {
-            for (long k = 0; k < count; ++k) out[k] = Vec<A>{} + value(from[at[0] + (first + k) * j]);
+            for (long k = 0; k < count; ++k) out[k] = filled(from[at[0] + (first + k) * j]);
         } else if (j == 0) {
             Vec<A> row;
-            for (long lane = 0; lane < n; ++lane) row[lane] = value(from[at[half * n + lane]]);
+            for (long lane = 0; lane < n; ++lane) row[lane] = filled(from[at[half * n + lane]])[0];
             for (long k = 0; k < count; ++k) out[k] = row;
         } else {
             SK_UNROLL
@@ -52,31 +54,42 @@ struct PlaneRows {
         }
     }
 
+    // Asks for the rows' elements of these keys, ahead of their use.
+    template <class T>
+    SK_INLINE void fetch(long rows, Span keys) const {
+        if (!p || j != 1) return;
+        for (long lane = 0; lane < (same ? 1 : rows); ++lane) {
+            const char* from = reinterpret_cast<const char*>(static_cast<const T*>(p) + at[lane]);
+            const long end = keys.end * static_cast<long>(sizeof(T));
+            for (long byte = keys.begin * static_cast<long>(sizeof(T)); byte < end; byte += 64)
+                __builtin_prefetch(from + byte, 0, 2);
+        }
+    }
+
     // Lane: element of key first + lane in the row of one query, for lane < count.
     template <class T>
     SK_INLINE Vec<A> row(long query, long first, long count) const {
         const T* from = static_cast<const T*>(p) + at[query];
-        return j == 0 ? Vec<A>{} + value(*from) : values(from + first, count);
+        return j == 0 ? filled(*from) : values(from + first, count);
     }
 
   private:
     template <class T>
-    static SK_INLINE A value(T x) {
-        return static_cast<A>(widen(x));
+    static SK_INLINE Vec<A> filled(T x) {
+        return Vec<A>{} + static_cast<A>(widen(x));
     }
-    static SK_INLINE A value(unsigned char x) { return x; }
+    static SK_INLINE Vec<A> filled(unsigned char x) {
+        return (Vec<A>)(I{} + static_cast<__typeof__(I{}[0])>(x));
+    }
     template <class T>
     static SK_INLINE Vec<A> values(const T* from, long count) {
         return load_n<A>(from, count);
     }
     static SK_INLINE Vec<A> values(const unsigned char* from, long count) {
-        typename Simd<A>::Bytes bytes{};
-        if (count >= n) {
-            __builtin_memcpy(&bytes, from, n);
-        } else {
-            for (long k = 0; k < count; ++k) bytes[k] = from[k];
-        }
-        return __builtin_convertvector(bytes, Vec<A>);
+        if (count >= n) return (Vec<A>)load_bytes<A>(from);
+        unsigned char bytes[n] = {};
+        for (long k = 0; k < count; ++k) bytes[k] = from[k];
+        return (Vec<A>)load_bytes<A>(bytes);
     }
 };
 
@@ -86,6 +99,7 @@ struct Scores {
     using I = typename Simd<A>::I;
     using Lane = __typeof__(I{}[0]);
     static constexpr long n = Simd<A>::n, W = 2 * n;
+    static constexpr long LINE = n < 16 ? 16 : n;  // keys whose biases are a line of the cache: read at once
     const AttentionCall& c;
     const Sequence& s;
     const Panel<A>& panel;
@@ -114,11 +128,23 @@ struct Scores {
     template <class S>
     SK_INLINE void apply(A* tile, long ld, Span keys, A* cap_slope) const {
         if (untouched(keys)) return;
-        for (long first = keys.begin; first < keys.end; first += n)
-            for (long half = 0; half < 2; ++half) {
-                const long count = min_of(n, keys.end - first), at = (first - keys.begin) * ld + half * n;
-                chunk<S>(tile + at, cap_slope ? cap_slope + at : nullptr, ld, half, first, count);
-            }
+        for (long line = keys.begin; line < keys.end; line += LINE)
+            for (long half = 0; half < 2; ++half)
+                for (long first = line; first < min_of(line + LINE, keys.end); first += n) {
+                    const long count = min_of(n, keys.end - first);
+                    const long at = (first - keys.begin) * ld + half * n;
+                    chunk<S>(tile + at, cap_slope ? cap_slope + at : nullptr, ld, half, first, count);
+                }
+    }
+
+    // Masks and biases come from memory: they are asked for before the matmul whose scores they change.
+    template <class S>
+    SK_INLINE void fetch(Span keys) const {
+        mask.template fetch<unsigned char>(panel.count, keys);
+        if (c.bias_is_wide)
+            bias.template fetch<A>(panel.count, keys);
+        else
+            bias.template fetch<S>(panel.count, keys);
     }
 
     // The same for one query, x of the keys first + lane: lanes are keys here.
@@ -126,12 +152,12 @@ struct Scores {
     SK_INLINE Vec<A> apply_along_keys(Vec<A> x, long query, long first, long count) const {
         const I from =
             lanes<A>([](int lane) { return lane; }) + static_cast<Lane>(first - panel.i[query] - s.d);
-        Vec<A> added{}, shown{};
+        if (c.softcap > 0) x = capped(x, nullptr);
         if (c.bias.p)
-            added = c.bias_is_wide ? bias.template row<A>(query, first, count)
-                                   : bias.template row<S>(query, first, count);
-        if (c.mask.p) shown = mask.template row<unsigned char>(query, first, count);
-        return changed(x, from, added, Vec<A>{} + slope[query / n][query % n], shown, nullptr);
+            x = biased(x, c.bias_is_wide ? bias.template row<A>(query, first, count)
+                                         : bias.template row<S>(query, first, count));
+        x = placed(x, from, Vec<A>{} + slope[query / n][query % n]);
+        return c.mask.p ? masked(x, mask.template row<unsigned char>(query, first, count)) : x;
     }
 
     // Whether the query of a lane sees a key.
@@ -142,44 +168,79 @@ struct Scores {
     }
 
   private:
+    // Each change takes its turn over all keys of the chunk, for what a call asks for is then looked up once.
     template <class S>
     SK_INLINE void chunk(A* x, A* cap_slope, long ld, long half, long first, long count) const {
-        Vec<A> added[n], shown[n];
+        Vec<A> given[n];
+        if (c.softcap > 0)
+            for (long k = 0; k < count; ++k)
+                store<A>(x + k * ld, capped(load<A>(x + k * ld), cap_slope ? cap_slope + k * ld : nullptr));
         if (c.bias.p) {
             if (c.bias_is_wide)
-                bias.template keys<A>(half, first, count, added);
+                bias.template keys<A>(half, first, count, given);
             else
-                bias.template keys<S>(half, first, count, added);
+                bias.template keys<S>(half, first, count, given);
+            for (long k = 0; k < count; ++k) store<A>(x + k * ld, biased(load<A>(x + k * ld), given[k]));
         }
-        if (c.mask.p) mask.template keys<unsigned char>(half, first, count, shown);
-        for (long k = 0; k < count; ++k) {
-            const I from = static_cast<Lane>(first + k) - place[half];
-            const Vec<A> add = c.bias.p ? added[k] : Vec<A>{}, show = c.mask.p ? shown[k] : Vec<A>{};
-            A* to_slope = cap_slope ? cap_slope + k * ld : nullptr;
-            store<A>(x + k * ld, changed(load<A>(x + k * ld), from, add, slope[half], show, to_slope));
+        if (c.slopes || windowed())
+            for (long k = 0; k < count; ++k) {
+                const I from = static_cast<Lane>(first + k) - place[half];
+                store<A>(x + k * ld, placed(load<A>(x + k * ld), from, slope[half]));
+            }
+        if (c.mask.p) {
+            mask.template keys<unsigned char>(half, first, count, given);
+            for (long k = 0; k < count; ++k) store<A>(x + k * ld, masked(load<A>(x + k * ld), given[k]));
         }
     }
 
-    // from: j - i - d of each lane; added and shown: of bias and mask, where the call has them.
-    SK_INLINE Vec<A> changed(Vec<A> v, I from, Vec<A> added, Vec<A> slope, Vec<A> shown, A* cap_slope) const {
-        const Vec<A> hidden = Vec<A>{} - static_cast<A>(__builtin_inf());
-        if (c.softcap > 0) {
-            Vec<A> of_cap;
-            const Vec<A> t = tanh<A>(v, cap_slope ? &of_cap : nullptr);
-            if (cap_slope) store<A>(cap_slope, of_cap);
-            v = t * static_cast<A>(c.softcap * LOG2E);
-        }
-        if (c.bias.p) v += added * static_cast<A>(LOG2E);
+    static SK_INLINE Vec<A> hidden() { return Vec<A>{} - static_cast<A>(__builtin_inf()); }
+    SK_INLINE bool windowed() const { return c.left >= 0 || c.right >= 0; }
+
+    SK_INLINE Vec<A> capped(Vec<A> v, A* cap_slope) const {
+        Vec<A> of_cap;
+        const Vec<A> t = tanh<A>(v, cap_slope ? &of_cap : nullptr);
+        if (cap_slope) store<A>(cap_slope, of_cap);
+        return t * static_cast<A>(c.softcap * LOG2E);
+    }
+    static SK_INLINE Vec<A> biased(Vec<A> v, Vec<A> added) { return v + added * static_cast<A>(LOG2E); }
+    static SK_INLINE Vec<A> masked(Vec<A> v, Vec<A> shown) { return (I)shown != 0 ? v : hidden(); }
+    // from: j - i - d of each lane
+    SK_INLINE Vec<A> placed(Vec<A> v, I from, Vec<A> slope) const {
         if (c.slopes) v -= slope * __builtin_convertvector(from < 0 ? -from : from, Vec<A>);
-        if (c.left >= 0 || c.right >= 0) {
-            const long left = c.left < 0 ? FAR : c.left, right = c.right < 0 ? FAR : c.right;
-            v = (from >= static_cast<Lane>(-left)) & (from <= static_cast<Lane>(right)) ? v : hidden;
-        }
-        return c.mask.p ? (shown != 0 ? v : hidden) : v;
+        if (!windowed()) return v;
+        const long left = c.left < 0 ? FAR : c.left, right = c.right < 0 ? FAR : c.right;
+        return (from >= static_cast<Lane>(-left)) & (from <= static_cast<Lane>(right)) ? v : hidden();
     }
 
     static constexpr long FAR = 1L << 30;
 };
+
+// tile[key][ld] becomes 2^(tile - shift), lane by lane, and is added to `sum`.
+template <class A, int HALVES>
+SK_INLINE void exponentials(A* tile, long ld, long keys, const Vec<A>* shift, Vec<A>* sum) {
+    constexpr long n = Simd<A>::n;
+    constexpr int together = 4;
+    long k = 0;
+    for (; k + together / HALVES <= keys; k += together / HALVES) {
+        Vec<A> x[together];
+        SK_UNROLL
+        for (int i = 0; i < together; ++i)
+            x[i] = load<A>(tile + (k + i / HALVES) * ld + i % HALVES * n) - shift[i % HALVES];
+        exp2_below<A, together>(x);
+        SK_UNROLL
+        for (int i = 0; i < together; ++i) {
+            sum[i % HALVES] += x[i];
+            store<A>(tile + (k + i / HALVES) * ld + i % HALVES * n, x[i]);
+        }
+    }
+    for (; k < keys; ++k) SK_UNROLL
+    for (int half = 0; half < HALVES; ++half) {
+        A* at = tile + k * ld + half * n;
+        const Vec<A> p = exp2_below<A>(load<A>(at) - shift[half]);
+        sum[half] += p;
+        store<A>(at, p);
+    }
+}
 
 template <class A>
 SK_INLINE bool is_finite(const A* row, long size) {
@@ -224,52 +285,59 @@ template <class A>
 struct Dropout {
     using I = typename Simd<A>::I;
     static constexpr long n = Simd<A>::n, W = 2 * n;
-    static constexpr long WORDS = SEQKERN_VECTOR_BYTES / 4;
-    unsigned long seed;
     unsigned int below, b;
     A kept_factor;
-    unsigned int h[W], i[W];
+    Words h[2], i[2];
+    unsigned long seed;
+    PhiloxLanes counters[2];
 
     SK_INLINE Dropout(const AttentionCall& c, const Sequence& s, const Panel<A>& panel)
-        : seed(c.seed),
-          below(c.drop_below),
+        : below(c.drop_below),
           b(static_cast<unsigned int>(s.b)),
-          kept_factor(static_cast<A>(c.dropout_p < 1 ? 1 / (1 - c.dropout_p) : 0)) {
-        for (long lane = 0; lane < W; ++lane)
-            h[lane] = static_cast<unsigned int>(panel.h[lane]),
-            i[lane] = static_cast<unsigned int>(panel.i[lane]);
-    }
+          kept_factor(static_cast<A>(c.dropout_p < 1 ? 1 / (1 - c.dropout_p) : 0)),
+          h{of_half(panel.h, 0), of_half(panel.h, 1)},
+          i{of_half(panel.i, 0), of_half(panel.i, 1)},
+          seed(c.seed),
+          counters{{seed, b, h[0], i[0]}, {seed, b, h[1], i[1]}} {}
 
     // Of one query and the keys first + lane.
     SK_INLINE Vec<A> along_keys(long query, long first) const {
-        Words counter[4] = {Words{} + b, Words{} + h[query], Words{} + i[query], Words{}};
+        Words words[1][4] = {
+            {Words{} + b, Words{} + h[query / n][query % n], Words{} + i[query / n][query % n]}};
         for (long lane = 0; lane < n; ++lane)
-            counter[3][lane] = static_cast<unsigned int>((first + lane) / 4);
-        philox(seed, counter);
+            words[0][3][lane] = static_cast<unsigned int>((first + lane) / 4);
+        philox<1>(seed, words);
         Vec<A> found{};
         for (long lane = 0; lane < n; ++lane)
-            if (counter[(first + lane) % 4][lane] >> 8 >= below) found[lane] = kept_factor;
+            if (words[0][(first + lane) % 4][lane] >> 8 >= below) found[lane] = kept_factor;
         return found;
     }
 
-    // Of four keys: the factor of each weight, 0 or 1 / (1 - p).
-    SK_INLINE void factors(long half, long first, Vec<A>* out) const {
-        Words counter[4] = {};
-        for (long lane = 0; lane < n; ++lane)
-            counter[1][lane] = h[half * n + lane], counter[2][lane] = i[half * n + lane];
-        counter[0] += b;
-        counter[3] += static_cast<unsigned int>(first / 4);
-        philox(seed, counter);
+    // Of four keys and both halves of a panel: the factor of each weight, 0 or 1 / (1 - p).
+    SK_INLINE void factors(long first, Vec<A> (*out)[4]) const {
+        Words words[2][4];
+        for (int half = 0; half < 2; ++half)
+            counters[half].start(static_cast<unsigned int>(first / 4), words[half]);
+        philox<2>(seed, words, 2);
         SK_UNROLL
-        for (int word = 0; word < 4; ++word) {
+        for (int at = 0; at < 8; ++at) {
+            const Words& word = words[at / 4][at % 4];
             I bits;
             if constexpr (sizeof(A) == 4) {
-                bits = (I)(counter[word] >> 8);
+                bits = (I)(word >> 8);
             } else {
-                for (long lane = 0; lane < n; ++lane) bits[lane] = counter[word][lane] >> 8;
+                for (long lane = 0; lane < n; ++lane) bits[lane] = word[lane] >> 8;
             }
-            out[word] = bits >= static_cast<__typeof__(I{}[0])>(below) ? Vec<A>{} + kept_factor : Vec<A>{};
+            out[at / 4][at % 4] =
+                bits >= static_cast<__typeof__(I{}[0])>(below) ? Vec<A>{} + kept_factor : Vec<A>{};
         }
+    }
+
+  private:
+    static SK_INLINE Words of_half(const long* from, long half) {
+        Words found{};
+        for (long lane = 0; lane < n; ++lane) found[lane] = static_cast<unsigned int>(from[half * n + lane]);
+        return found;
     }
 };
 

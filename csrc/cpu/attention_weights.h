@@ -69,11 +69,8 @@ SK_INLINE void weights_again(const Scores<A>& scores, const Again<A>& again, Row
     gemm<A, 2>(count, keys_from.p, keys_from.ld, {again.columns, W, 0}, 1, D, tile, ld, 0, false);
     scores.template apply<S>(tile, ld, keys, cap_slope);
     const Vec<A> lse[2] = {load<A>(again.lse), load<A>(again.lse + n)};
-    for (long k = 0; k < count; ++k) SK_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        A* at = tile + k * ld + half * n;
-        store<A>(at, exp2_below<A>(load<A>(at) - lse[half]));
-    }
+    Vec<A> sum[2] = {};
+    exponentials<A, 2>(tile, ld, count, lse, sum);
 }
 
 template <class A, class S>

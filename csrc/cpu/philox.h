@@ -27,24 +27,67 @@ SK_INLINE Longs product_of_lower(Longs a, Longs b) {
 #endif
 }
 
-SK_INLINE void wide_product(Words a, unsigned int by, Words& high, Words& low) {
-    const Longs factor = Longs{} + by;
-    const Longs even = product_of_lower((Longs)a, factor), odd = product_of_lower((Longs)a >> 32, factor);
-    high = (Words)((even >> 32) | (odd & 0xffffffff00000000UL));
-    low = (Words)((even & 0xffffffffUL) | (odd << 32));
+constexpr unsigned int PHILOX_M0 = 0xD2511F53u, PHILOX_M1 = 0xCD9E8D57u, PHILOX_W0 = 0x9E3779B9u,
+                       PHILOX_W1 = 0xBB67AE85u;
+constexpr int PHILOX_ROUNDS = 10;
+
+// Four words of each lane's counter, of `count` vectors together, from round `first` on. Even and odd lanes
+// go their own ways in the lower halves of 64 bits, as the products take them; what the upper halves hold is
+// never looked at. One way alone would wait for its products.
+template <int count>
+SK_INLINE void philox(unsigned long seed, Words (*c)[4], int first = 0) {
+    Longs x[2 * count][4];
+    SK_UNROLL
+    for (int at = 0; at < count; ++at) SK_UNROLL
+    for (int word = 0; word < 4; ++word) {
+        x[2 * at][word] = (Longs)c[at][word];
+        x[2 * at + 1][word] = (Longs)c[at][word] >> 32;
+    }
+    const Longs m0 = Longs{} + PHILOX_M0, m1 = Longs{} + PHILOX_M1;
+    Longs k0 = Longs{} + (seed + static_cast<unsigned long>(first) * PHILOX_W0);
+    Longs k1 = Longs{} + ((seed >> 32) + static_cast<unsigned long>(first) * PHILOX_W1);
+    for (; first < PHILOX_ROUNDS; ++first) {
+        SK_UNROLL
+        for (int at = 0; at < 2 * count; ++at) {
+            const Longs p0 = product_of_lower(x[at][0], m0), p1 = product_of_lower(x[at][2], m1);
+            x[at][0] = (p1 >> 32) ^ (x[at][1] ^ k0), x[at][1] = p1;
+            x[at][2] = (p0 >> 32) ^ (x[at][3] ^ k1), x[at][3] = p0;
+        }
+        k0 += PHILOX_W0, k1 += PHILOX_W1;
+    }
+    SK_UNROLL
+    for (int at = 0; at < count; ++at) SK_UNROLL
+    for (int word = 0; word < 4; ++word)
+        c[at][word] = (Words)((x[2 * at][word] & 0xffffffffUL) | (x[2 * at + 1][word] << 32));
 }
 
-// Four words of each lane's counter c.
-SK_INLINE void philox(unsigned long seed, Words c[4]) {
-    unsigned int k0 = static_cast<unsigned int>(seed), k1 = static_cast<unsigned int>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-        Words high_0, low_0, high_1, low_1;
-        wide_product(c[0], 0xD2511F53u, high_0, low_0);
-        wide_product(c[2], 0xCD9E8D57u, high_1, low_1);
-        c[0] = high_1 ^ c[1] ^ k0, c[1] = low_1, c[2] = high_0 ^ c[3] ^ k1, c[3] = low_0;
-        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+// The words of counters (b, h, i, x) with h and i of each lane. Only two numbers of the first two rounds
+// depend on x, and they are the same in all lanes.
+struct PhiloxLanes {
+    unsigned long seed;
+    unsigned int high_b;
+    Words of_h, of_i, low_i;  // after two rounds: word 0 without what x brings, words 2 and 3
+
+    SK_INLINE PhiloxLanes(unsigned long seed, unsigned int b, const Words& h, const Words& i) : seed(seed) {
+        const unsigned int k0 = static_cast<unsigned int>(seed), k1 = static_cast<unsigned int>(seed >> 32);
+        const unsigned long of_b = static_cast<unsigned long>(b) * PHILOX_M0;
+        high_b = static_cast<unsigned int>(of_b >> 32) ^ k1;
+        for (unsigned lane = 0; lane < sizeof(Words) / 4; ++lane) {
+            const unsigned long p1 = static_cast<unsigned long>(i[lane]) * PHILOX_M1;
+            const unsigned int first = static_cast<unsigned int>(p1 >> 32) ^ h[lane] ^ k0;
+            const unsigned long p0 = static_cast<unsigned long>(first) * PHILOX_M0;
+            of_h[lane] = static_cast<unsigned int>(p1) ^ (k0 + PHILOX_W0);
+            of_i[lane] =
+                static_cast<unsigned int>(p0 >> 32) ^ static_cast<unsigned int>(of_b) ^ (k1 + PHILOX_W1);
+            low_i[lane] = static_cast<unsigned int>(p0);
+        }
     }
-}
+    SK_INLINE void start(unsigned int x, Words c[4]) const {  // before round 2
+        const unsigned long p = static_cast<unsigned long>(high_b ^ x) * PHILOX_M1;
+        c[0] = of_h ^ static_cast<unsigned int>(p >> 32), c[1] = Words{} + static_cast<unsigned int>(p);
+        c[2] = of_i, c[3] = low_i;
+    }
+};
 
 }  // namespace SEQKERN_ISA
 }  // namespace seqkern

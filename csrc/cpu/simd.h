@@ -147,6 +147,23 @@ Vec<float> wide(Simd<float>::Shorts);
 Simd<float>::Shorts narrowed(Vec<float>);
 #endif
 
+// Bytes to lanes, one to each. GCC 12 splits vectors of eight bytes into numbers.
+template <class A>
+SK_INLINE typename Simd<A>::I load_bytes(const unsigned char* p) {
+    typename Simd<A>::Bytes bytes;
+#if SEQKERN_VECTOR_BYTES == 32
+    if constexpr (sizeof(bytes) == 8) {
+        typedef long Two __attribute__((vector_size(16)));
+        typedef char In __attribute__((vector_size(16)));
+        long eight;
+        __builtin_memcpy(&eight, p, sizeof eight);
+        return (typename Simd<A>::I)__builtin_ia32_pmovzxbd256((In)Two{eight, 0});
+    }
+#endif
+    __builtin_memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, typename Simd<A>::I);
+}
+
 // A whole vector. Sixteen-bit numbers are converted in integer arithmetic: compilers split _Float16 vectors.
 template <class A, class S>
 SK_INLINE Vec<A> load_whole(const S* p) {

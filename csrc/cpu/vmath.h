@@ -119,17 +119,35 @@ SK_INLINE Vec<A> exp(Vec<A> x) {
 }
 
 // 2^x for x up to 0 or a little above; exactly 1 at 0. Below 2^-126 (-1022) it fades to 0, exactly so for
-// -inf.
-template <class A>
-SK_INLINE Vec<A> exp2_below(Vec<A> x) {
+// -inf. Several vectors take each step together: one after another their chains of some 40 cycles would
+// fill the scheduler before they overlap.
+template <class A, int count>
+SK_INLINE void exp2_below(Vec<A> (&x)[count]) {
     using T = Exp2Table<A>;
     using U = typename Simd<A>::U;
-    x = at_least<A>(x, T::lowest);
-    const Vec<A> shifted = x + ExpTable<A>::round_magic;
-    const Vec<A> r = x - (shifted - ExpTable<A>::round_magic);
-    const Vec<A> q = polynomial<A>(r, r * r, T::c);
-    const Vec<A> scale = (Vec<A>)(((U)shifted << ExpTable<A>::mantissa_bits) + (U)(Vec<A>{} + 1));
-    return (q * r) * scale + scale;
+    Vec<A> shifted[count], q[count];
+    SK_UNROLL
+    for (int i = 0; i < count; ++i) x[i] = at_least<A>(x[i], T::lowest);
+    SK_UNROLL
+    for (int i = 0; i < count; ++i) shifted[i] = x[i] + ExpTable<A>::round_magic;
+    SK_UNROLL
+    for (int i = 0; i < count; ++i) x[i] = x[i] - (shifted[i] - ExpTable<A>::round_magic);
+    SK_UNROLL
+    for (int i = 0; i < count; ++i) q[i] = x[i] * T::c[T::terms - 1] + T::c[T::terms - 2];
+    SK_UNROLL
+    for (int term = T::terms - 3; term >= 0; --term) SK_UNROLL
+    for (int i = 0; i < count; ++i) q[i] = q[i] * x[i] + T::c[term];
+    SK_UNROLL
+    for (int i = 0; i < count; ++i) {
+        const U scale = ((U)shifted[i] << ExpTable<A>::mantissa_bits) + (U)(Vec<A>{} + 1);
+        x[i] = (q[i] * x[i]) * (Vec<A>)scale + (Vec<A>)scale;
+    }
+}
+template <class A>
+SK_INLINE Vec<A> exp2_below(Vec<A> x) {
+    Vec<A> one[1] = {x};
+    exp2_below<A, 1>(one);
+    return one[0];
 }
 
 // The upper clamp lies where the scale is infinite, and so the result 0.
