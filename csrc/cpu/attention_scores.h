@@ -152,7 +152,7 @@ struct Scores {
     SK_INLINE Vec<A> apply_along_keys(Vec<A> x, long query, long first, long count) const {
         const I from =
             lanes<A>([](int lane) { return lane; }) + static_cast<Lane>(first - panel.i[query] - s.d);
-        if (c.softcap > 0) x = capped(x, nullptr);
+        if (c.softcap > 0) x = capped<1>({{x}}).v[0];
         if (c.bias.p)
             x = biased(x, c.bias_is_wide ? bias.template row<A>(query, first, count)
                                          : bias.template row<S>(query, first, count));
@@ -172,9 +172,7 @@ struct Scores {
     template <class S>
     SK_INLINE void chunk(A* x, A* cap_slope, long ld, long half, long first, long count) const {
         Vec<A> given[n];
-        if (c.softcap > 0)
-            for (long k = 0; k < count; ++k)
-                store<A>(x + k * ld, capped(load<A>(x + k * ld), cap_slope ? cap_slope + k * ld : nullptr));
+        if (c.softcap > 0) cap(x, cap_slope, ld, count);
         if (c.bias.p) {
             if (c.bias_is_wide)
                 bias.template keys<A>(half, first, count, given);
@@ -196,11 +194,22 @@ struct Scores {
     static SK_INLINE Vec<A> hidden() { return Vec<A>{} - static_cast<A>(__builtin_inf()); }
     SK_INLINE bool windowed() const { return c.left >= 0 || c.right >= 0; }
 
-    SK_INLINE Vec<A> capped(Vec<A> v, A* cap_slope) const {
-        Vec<A> of_cap;
-        const Vec<A> t = tanh<A>(v, cap_slope ? &of_cap : nullptr);
-        if (cap_slope) store<A>(cap_slope, of_cap);
-        return t * static_cast<A>(c.softcap * LOG2E);
+    // d cap(x) / dx goes to `slope`, if that is given.
+    template <int N>
+    SK_INLINE Several<A, N> capped(const Several<A, N>& x, Several<A, N>* slope = nullptr) const {
+        return tanh<A, N>(x, slope) * static_cast<A>(c.softcap * LOG2E);
+    }
+    SK_INLINE void cap(A* x, A* slopes, long ld, long count) const {
+        constexpr int together = n < 4 ? n : 4;
+        for (long k = 0; k < count; k += together) {
+            const int most = static_cast<int>(min_of(together, count - k));
+            Several<A, together> v, slope;
+            SK_UNROLL
+            for (int i = 0; i < together; ++i) v.v[i] = i < most ? load<A>(x + (k + i) * ld) : Vec<A>{};
+            v = capped<together>(v, slopes ? &slope : nullptr);
+            for (int i = 0; i < most; ++i) store<A>(x + (k + i) * ld, v.v[i]);
+            for (int i = 0; slopes && i < most; ++i) store<A>(slopes + (k + i) * ld, slope.v[i]);
+        }
     }
     static SK_INLINE Vec<A> biased(Vec<A> v, Vec<A> added) { return v + added * static_cast<A>(LOG2E); }
     static SK_INLINE Vec<A> masked(Vec<A> v, Vec<A> shown) { return (I)shown != 0 ? v : hidden(); }
@@ -222,15 +231,15 @@ SK_INLINE void exponentials(A* tile, long ld, long keys, const Vec<A>* shift, Ve
     constexpr int together = 4;
     long k = 0;
     for (; k + together / HALVES <= keys; k += together / HALVES) {
-        Vec<A> x[together];
+        Several<A, together> x;
         SK_UNROLL
         for (int i = 0; i < together; ++i)
-            x[i] = load<A>(tile + (k + i / HALVES) * ld + i % HALVES * n) - shift[i % HALVES];
-        exp2_below<A, together>(x);
+            x.v[i] = load<A>(tile + (k + i / HALVES) * ld + i % HALVES * n) - shift[i % HALVES];
+        x = exp2_below<A, together>(x);
         SK_UNROLL
         for (int i = 0; i < together; ++i) {
-            sum[i % HALVES] += x[i];
-            store<A>(tile + (k + i / HALVES) * ld + i % HALVES * n, x[i]);
+            sum[i % HALVES] += x.v[i];
+            store<A>(tile + (k + i / HALVES) * ld + i % HALVES * n, x.v[i]);
         }
     }
     for (; k < keys; ++k) SK_UNROLL

@@ -77,15 +77,17 @@ template <class A, class S>
 struct WeightsUnit {
     static constexpr long n = Simd<A>::n, W = 2 * n;
     const AttentionForward& c;
-    A *rows, *tile, *sum, *k;
-    Again<A> again;
+    const long of_head;  // numbers of an Again
+    A *rows, *tile, *sum, *k, *queries;
 
     static unsigned long numbers(const AttentionForward& c) {
-        return W * buffer_ld<A>(c.D) + 2 * KEYS * W + KEYS * buffer_ld<A>(c.D) + c.D * W + W + 4 * n;
+        const long heads = c.mean ? c.Hq : 1;
+        return W * buffer_ld<A>(c.D) + 2 * KEYS * W + KEYS * buffer_ld<A>(c.D) + heads * (c.D + 1) * W +
+               4 * n;
     }
-    WeightsUnit(const AttentionForward& c, A* memory) : c(c) {
+    WeightsUnit(const AttentionForward& c, A* memory) : c(c), of_head((c.D + 1) * W) {
         rows = memory, tile = rows + W * buffer_ld<A>(c.D), sum = tile + KEYS * W, k = sum + KEYS * W;
-        again.lse = k + KEYS * buffer_ld<A>(c.D), again.columns = again.lse + W;
+        queries = k + KEYS * buffer_ld<A>(c.D);
     }
 
     // The queries first.. of heads [from, to), their weights added up.
@@ -93,6 +95,12 @@ struct WeightsUnit {
         const Sequence s = sequence(c, b);
         const Operand lse{c.lse.p, c.lse.b, c.lse.h, c.lse.i};
         const A share = static_cast<A>(1) / static_cast<A>(to - from);
+        const auto again = [&](long h) {
+            A* own = queries + (h - from) * of_head;
+            return Again<A>{own + W, own};
+        };
+        for (long h = from; h < to; ++h)
+            prepare_again<A, S>(c, s, panel_of_head<A>(h, first, s.L), lse, rows, again(h));
         for (long begin = 0; begin < s.S; begin += KEYS) {
             const Span keys{begin, min_of(begin + KEYS, s.S)};
             for (long at = 0; at < KEYS * W; at += n) store<A>(sum + at, Vec<A>{});
@@ -100,9 +108,8 @@ struct WeightsUnit {
             const Span here = overlap(seen_by_some<A>(c, s, panel.first, panel.last), keys);
             for (long h = from; h < to && !here.empty(); ++h) {
                 panel = panel_of_head<A>(h, first, s.L);
-                prepare_again<A, S>(c, s, panel, lse, rows, again);
                 const Rows<A> kr = block<A, S>(c.k, s, h / (c.Hq / c.Hkv), here, c.D, k);
-                weights_again<A, S>(Scores<A>(c, s, panel), again, kr, here, tile, W, nullptr);
+                weights_again<A, S>(Scores<A>(c, s, panel), again(h), kr, here, tile, W, nullptr);
                 if (c.dropout_p > 0) drop_weights<A>(Dropout<A>(c, s, panel), tile, here);
                 A* to_sum = sum + (here.begin - keys.begin) * W;
                 for (long at = 0; at < (here.end - here.begin) * W; at += n)

@@ -12,7 +12,21 @@ namespace SEQKERN_ISA {
 
 template <class A>
 struct Math {
-    static SK_INLINE Vec<A> sigmoid(Vec<A> x) { return SEQKERN_ISA::sigmoid<A>(x); }
+    template <int N>
+    static SK_INLINE Several<A, N> sigmoid(const Several<A, N>& x) {
+        return SEQKERN_ISA::sigmoid<A, N>(x);
+    }
+    template <int N>
+    static SK_INLINE Several<A, N> tanh(const Several<A, N>& x) {
+        return SEQKERN_ISA::tanh<A, N>(x);
+    }
+    template <int N>
+    static SK_INLINE Several<A, N> relu(const Several<A, N>& x) {
+        Several<A, N> found;
+        SK_UNROLL
+        for (int i = 0; i < N; ++i) found.v[i] = x.v[i] < 0 ? Vec<A>{} : x.v[i];
+        return found;
+    }
     static SK_INLINE Vec<A> tanh(Vec<A> x) { return SEQKERN_ISA::tanh<A>(x); }
 };
 

@@ -151,55 +151,95 @@ struct ForwardScan {
         return to;
     }
 
+    // How far the cells of one call lie apart.
+    struct Steps {
+        long x, r, bias;
+    };
+
     // The cell on `rows` rows of one panel. x, r: [row][W] pre-activations without bias.
-    void cell_rows(long dir, long p, long rows, const A* x, const A* r, const Rows& to) {
-        const A *bx = d[dir].bias_x + p * W, *br = d[dir].bias_r + p * W;
+    void cell_rows(long dir, long p, long rows, const A* x, const A* r, const Rows& to) const {
         for (int u = 0; u < U; ++u) {
             const long unit = (p * U + u) * n, left = c.H - unit;
-            if (left >= n && !to.reserve) {
-                cell_column<false>(u, unit, n, rows, x, r, bx, br, to);
-            } else if (left >= n) {
-                cell_column<true>(u, unit, n, rows, x, r, bx, br, to);
-            } else if (left > 0) {
-                cell_column<true>(u, unit, left, rows, x, r, bx, br, to);
-            }
+            if (left > 0) cells(dir, p, u, min_of(left, n), rows, x, r, to, {W, W, 0});
         }
     }
 
-    // Units [unit, unit + left), at most a vector of them, which is a panel's vectors u.
-    template <bool SAVE>
-    SK_INLINE void cell_column(int u, long unit, long left, long rows, const A* x, const A* r, const A* bx,
-                               const A* br, Rows to) const {
-        const long H = c.H;
-        Vec<A> bias_x[G], bias_r[G];
-        for (int k = 0; k < G; ++k) {
-            bias_x[k] = load<A>(bx + (k * U + u) * n);
-            if (CellT::APART) bias_r[k] = load<A>(br + (k * U + u) * n);
+    // The cell on one row of `count` panels, x_stride apart in x and W in r.
+    void cell_panels(long dir, long p, long count, const A* x, long x_stride, const A* r, Rows to) const {
+        to.ld_previous = to.ld_hidden = to.ld_output = to.ld_state = to.ld_reserve = U * n;
+        for (int u = 0; u < U; ++u) {
+            const long left = c.H - (p * U + u) * n,
+                       whole = min_of(count, left < 0 ? 0 : (left + (U - 1) * n) / (U * n));
+            cells(dir, p, u, n, whole, x, r, to, {x_stride, W, W});
+            const long rest = left - whole * U * n;
+            if (whole == count || rest <= 0) continue;
+            cells(dir, p + whole, u, rest, 1, x + whole * x_stride, r + whole * W, to, {0, 0, 0});
         }
-        for (long m = 0; m < rows; ++m) {
-            Vec<A> px[G], pr[G], reserve[Sh::RESERVE + 1], cell{}, h, hp{};
+    }
+
+    // Units [unit, unit + left), at most a vector of them, which is vector u of panel p, in the first of
+    // `count` cells.
+    void cells(long dir, long p, int u, long left, long count, const A* x, const A* r, const Rows& to,
+               const Steps& steps) const {
+        if (count == 0) return;
+        const A *bx = d[dir].bias_x + p * W, *br = d[dir].bias_r + p * W;
+        const long unit = (p * U + u) * n;
+        x += u * n, r += u * n, bx += u * n, br += u * n;
+        if (left == n && !to.reserve) {
+            cell_column<false>(unit, n, count, x, r, bx, br, to, steps);
+        } else if (left == n) {
+            cell_column<true>(unit, n, count, x, r, bx, br, to, steps);
+        } else {
+            cell_column<true>(unit, left, count, x, r, bx, br, to, steps);
+        }
+    }
+
+    template <bool SAVE>
+    SK_INLINE void cell_column(long unit, long left, long count, const A* x, const A* r, const A* bx,
+                               const A* br, Rows to, const Steps& steps) const {
+        long m = 0;
+        for (; m + TOGETHER <= count; m += TOGETHER)
+            some_cells<SAVE, TOGETHER>(unit, left, x, r, bx, br, to, steps);
+        for (; m < count; ++m) some_cells<SAVE, 1>(unit, left, x, r, bx, br, to, steps);
+    }
+
+    static constexpr int TOGETHER = 2;
+    template <bool SAVE, int N>
+    SK_INLINE void some_cells(long unit, long left, const A*& x, const A*& r, const A*& bx, const A*& br,
+                              Rows& to, const Steps& steps) const {
+        const long H = c.H;
+        Several<A, N> px[G], pr[G], reserve[Sh::RESERVE + 1], cell{}, h, hp{};
+        SK_UNROLL
+        for (int i = 0; i < N; ++i) {
+            SK_UNROLL
             for (int k = 0; k < G; ++k) {
-                px[k] = load<A>(x + m * W + (k * U + u) * n) + bias_x[k];
-                if (CellT::APART) pr[k] = load<A>(r + m * W + (k * U + u) * n) + bias_r[k];
+                px[k].v[i] = load<A>(x + k * U * n) + load<A>(bx + k * U * n);
+                if (CellT::APART) pr[k].v[i] = load<A>(r + k * U * n) + load<A>(br + k * U * n);
             }
+            x += steps.x, bx += steps.bias;
+            if (CellT::APART) r += steps.r, br += steps.bias;
             if constexpr (CellT::APART && ROUNDED) {
-                hp = load<A>(to.exact + unit);
+                hp.v[i] = load<A>(to.exact + unit + i * to.ld_state);
             } else if constexpr (CellT::APART) {
-                hp = load<A>(to.previous + unit);
+                hp.v[i] = load<A>(to.previous + unit + i * to.ld_previous);
             }
-            if (CellT::HAS_C) cell = load<A>(to.cell + unit);
-            CellT::template fwd<Math<A>>(px, pr, hp, cell, h, reserve);
-            if (CellT::HAS_C) store<A>(to.cell + unit, cell), to.cell += to.ld_state;
+            if (CellT::HAS_C) cell.v[i] = load<A>(to.cell + unit + i * to.ld_state);
+        }
+        CellT::template fwd<Math<A>>(px, pr, hp, cell, h, reserve);
+        SK_UNROLL
+        for (int i = 0; i < N; ++i) {
+            if (CellT::HAS_C) store<A>(to.cell + unit, cell.v[i]), to.cell += to.ld_state;
             if constexpr (ROUNDED) {
-                if (CellT::APART) store<A>(to.exact + unit, h), to.exact += to.ld_state;
-                store_n<A>(to.hidden + unit, h, left);  // a zero may stand behind an odd H
+                if (CellT::APART) store<A>(to.exact + unit, h.v[i]), to.exact += to.ld_state;
+                store_n<A>(to.hidden + unit, h.v[i], left);  // a zero may stand behind an odd H
             } else {
-                store<A>(to.hidden + unit, h);
+                store<A>(to.hidden + unit, h.v[i]);
             }
             to.hidden += to.ld_hidden, to.previous += to.ld_previous;
-            if (to.output) store_n<A>(to.output + unit, h, left), to.output += to.ld_output;
+            if (to.output) store_n<A>(to.output + unit, h.v[i], left), to.output += to.ld_output;
             if (SAVE && to.reserve) {
-                for (int k = 0; k < Sh::RESERVE; ++k) store_n<A>(to.reserve + k * H + unit, reserve[k], left);
+                for (int k = 0; k < Sh::RESERVE; ++k)
+                    store_n<A>(to.reserve + k * H + unit, reserve[k].v[i], left);
                 to.reserve += to.ld_reserve;
             }
         }
@@ -320,8 +360,12 @@ struct ForwardScan {
                 gates_times<CellT, E, A>(m, a, s.ld_p, d[dir].w_hh, p0 + p, count, c.P, out,
                                          CellT::APART ? m * W : x_stride, !CellT::APART);
             }
-            for (long i = 0; i < count; ++i)
-                cell_rows(dir, p0 + p + i, m, x + (p + i) * x_stride, buf.r + i * m * W, to);
+            if (m == 1) {
+                cell_panels(dir, p0 + p, count, x + p * x_stride, x_stride, buf.r, to);
+            } else {
+                for (long i = 0; i < count; ++i)
+                    cell_rows(dir, p0 + p + i, m, x + (p + i) * x_stride, buf.r + i * m * W, to);
+            }
         }
         if (projected) {
             barrier(joint, g.members);

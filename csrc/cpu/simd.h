@@ -266,5 +266,51 @@ SK_INLINE long buffer_ld(long size) {
     return padded<A>(size) + Simd<A>::n;
 }
 
+// N vectors that take each step of a computation together. One after another, chains of some 40 cycles (an
+// exponential) or 70 (a sigmoid) would fill the scheduler before a second of them is under way.
+template <class A, int N>
+struct Several {
+    Vec<A> v[N];
+#define SK_OPERATOR(op)                                                        \
+    friend SK_INLINE Several operator op(const Several& a, const Several& b) { \
+        Several found;                                                         \
+        SK_UNROLL                                                              \
+        for (int i = 0; i < N; ++i) found.v[i] = a.v[i] op b.v[i];             \
+        return found;                                                          \
+    }                                                                          \
+    friend SK_INLINE Several operator op(const Several& a, A b) {              \
+        Several found;                                                         \
+        SK_UNROLL                                                              \
+        for (int i = 0; i < N; ++i) found.v[i] = a.v[i] op b;                  \
+        return found;                                                          \
+    }                                                                          \
+    friend SK_INLINE Several operator op(A a, const Several& b) {              \
+        Several found;                                                         \
+        SK_UNROLL                                                              \
+        for (int i = 0; i < N; ++i) found.v[i] = a op b.v[i];                  \
+        return found;                                                          \
+    }
+    SK_OPERATOR(+)
+    SK_OPERATOR(-)
+    SK_OPERATOR(*)
+    SK_OPERATOR(/)
+#undef SK_OPERATOR
+};
+
+template <class A, int N>
+SK_INLINE Several<A, N> at_least(const Several<A, N>& x, A low) {
+    Several<A, N> found;
+    SK_UNROLL
+    for (int i = 0; i < N; ++i) found.v[i] = larger(Vec<A>{} + low, x.v[i]);
+    return found;
+}
+template <class A, int N>
+SK_INLINE Several<A, N> at_most(const Several<A, N>& x, A high) {
+    Several<A, N> found;
+    SK_UNROLL
+    for (int i = 0; i < N; ++i) found.v[i] = smaller(Vec<A>{} + high, x.v[i]);
+    return found;
+}
+
 }  // namespace SEQKERN_ISA
 }  // namespace seqkern

@@ -44,31 +44,44 @@ struct ExpTable<double> {
     static constexpr int mantissa_bits = 52;
 };
 
-// c[0] + c[1] r + ...: in pairs, whose sums are then a polynomial in the square. As many operations as one
-// after another, and half as long a chain: registers for results, not units, limit how many vectors are under
-// way.
-template <class A, int terms>
-SK_INLINE Vec<A> polynomial(Vec<A> r, Vec<A> square, const A (&c)[terms]) {
-    Vec<A> q = Vec<A>{} + c[terms - 1];
-    int i = terms - 2;
-    if constexpr (terms % 2 == 0) q = q * r + c[i--];
+// c[0] + c[1] r + ...
+template <class A, int N, int terms>
+SK_INLINE Several<A, N> polynomial(const Several<A, N>& r, const A (&c)[terms]) {
+    Several<A, N> q = r * c[terms - 1] + c[terms - 2];
     SK_UNROLL
-    for (; i > 0; i -= 2) q = q * square + (r * c[i] + c[i - 1]);
+    for (int term = terms - 3; term >= 0; --term) q = q * r + c[term];
     return q;
 }
 
-// x = n ln 2 + r: scale = 2^n unit, poly = e^r - 1, for x >= lowest; unit is a power of two.
-template <class A>
-SK_INLINE void exp_parts(Vec<A> x, Vec<A>& scale, Vec<A>& poly, Vec<A> unit = Vec<A>{} + 1) {
-    using T = ExpTable<A>;
+// 2^n of x = n + round_magic, times a unit that is a power of two.
+template <class A, int N>
+SK_INLINE Several<A, N> power(const Several<A, N>& x, const Several<A, N>& unit) {
     using U = typename Simd<A>::U;  // wraps where a lane holds a NaN
-    Vec<A> shifted = x * static_cast<A>(1.44269504088896340736) + T::round_magic;
-    Vec<A> n = shifted - T::round_magic;
-    Vec<A> r = x - n * T::ln2_high;
+    Several<A, N> found;
+    SK_UNROLL
+    for (int i = 0; i < N; ++i)
+        found.v[i] = (Vec<A>)(((U)x.v[i] << ExpTable<A>::mantissa_bits) + (U)unit.v[i]);
+    return found;
+}
+template <class A, int N>
+SK_INLINE Several<A, N> ones() {
+    Several<A, N> found;
+    SK_UNROLL
+    for (int i = 0; i < N; ++i) found.v[i] = Vec<A>{} + 1;
+    return found;
+}
+
+// x = n ln 2 + r: scale = 2^n unit, poly = e^r - 1, for x >= lowest; unit is a power of two.
+template <class A, int N>
+SK_INLINE void exp_parts(const Several<A, N>& x, Several<A, N>& scale, Several<A, N>& poly,
+                         const Several<A, N>& unit = ones<A, N>()) {
+    using T = ExpTable<A>;
+    const Several<A, N> shifted = x * static_cast<A>(1.44269504088896340736) + T::round_magic,
+                        n = shifted - T::round_magic;
+    Several<A, N> r = x - n * T::ln2_high;
     r = r - n * T::ln2_low;
-    const Vec<A> square = r * r;
-    poly = square * polynomial<A>(r, square, T::c) + r;
-    scale = (Vec<A>)(((U)shifted << T::mantissa_bits) + (U)unit);
+    poly = (r * r) * polynomial<A, N>(r, T::c) + r;
+    scale = power<A, N>(shifted, unit);
 }
 
 // Interpolants of (2^r - 1) / r at the Chebyshev nodes of |r| <= 1/2. Relative error against 2^r:
@@ -100,84 +113,70 @@ template <class A>
 SK_INLINE Vec<A> at_least(Vec<A> x, A low) {
     return larger(Vec<A>{} + low, x);
 }
-template <class A>
-SK_INLINE Vec<A> at_most(Vec<A> x, A high) {
-    return smaller(Vec<A>{} + high, x);
-}
 
 // A result below the smallest normal number is 0.
 template <class A>
 SK_INLINE Vec<A> exp(Vec<A> x) {
     using T = ExpTable<A>;
     const Vec<A> one = Vec<A>{} + 1, zero{};
-    Vec<A> scale, poly;
+    Several<A, 1> scale, poly;
     // 2^128 is no float, though e^88.7 is one: large powers are made a quarter as large first.
-    exp_parts<A>(at_most<A>(at_least<A>(x, T::lowest), T::highest), scale, poly, x > 0 ? one / 4 : one);
-    Vec<A> e = (scale * poly + scale) * (x > 0 ? one * 4 : one);
+    exp_parts<A, 1>(at_most(at_least(Several<A, 1>{{x}}, T::lowest), T::highest), scale, poly,
+                    {{x > 0 ? one / 4 : one}});
+    Vec<A> e = (scale * poly + scale).v[0] * (x > 0 ? one * 4 : one);
     e = x < T::lowest ? zero : e;
     return x > T::highest ? zero + static_cast<A>(__builtin_inf()) : e;
 }
 
 // 2^x for x up to 0 or a little above; exactly 1 at 0. Below 2^-126 (-1022) it fades to 0, exactly so for
-// -inf. Several vectors take each step together: one after another their chains of some 40 cycles would
-// fill the scheduler before they overlap.
-template <class A, int count>
-SK_INLINE void exp2_below(Vec<A> (&x)[count]) {
-    using T = Exp2Table<A>;
-    using U = typename Simd<A>::U;
-    Vec<A> shifted[count], q[count];
-    SK_UNROLL
-    for (int i = 0; i < count; ++i) x[i] = at_least<A>(x[i], T::lowest);
-    SK_UNROLL
-    for (int i = 0; i < count; ++i) shifted[i] = x[i] + ExpTable<A>::round_magic;
-    SK_UNROLL
-    for (int i = 0; i < count; ++i) x[i] = x[i] - (shifted[i] - ExpTable<A>::round_magic);
-    SK_UNROLL
-    for (int i = 0; i < count; ++i) q[i] = x[i] * T::c[T::terms - 1] + T::c[T::terms - 2];
-    SK_UNROLL
-    for (int term = T::terms - 3; term >= 0; --term) SK_UNROLL
-    for (int i = 0; i < count; ++i) q[i] = q[i] * x[i] + T::c[term];
-    SK_UNROLL
-    for (int i = 0; i < count; ++i) {
-        const U scale = ((U)shifted[i] << ExpTable<A>::mantissa_bits) + (U)(Vec<A>{} + 1);
-        x[i] = (q[i] * x[i]) * (Vec<A>)scale + (Vec<A>)scale;
-    }
+// -inf.
+template <class A, int N>
+SK_INLINE Several<A, N> exp2_below(Several<A, N> x) {
+    x = at_least(x, Exp2Table<A>::lowest);
+    const Several<A, N> shifted = x + ExpTable<A>::round_magic, r = x - (shifted - ExpTable<A>::round_magic);
+    const Several<A, N> q = polynomial<A, N>(r, Exp2Table<A>::c), scale = power<A, N>(shifted, ones<A, N>());
+    return (q * r) * scale + scale;
 }
 template <class A>
 SK_INLINE Vec<A> exp2_below(Vec<A> x) {
-    Vec<A> one[1] = {x};
-    exp2_below<A, 1>(one);
-    return one[0];
+    return exp2_below<A, 1>({{x}}).v[0];
 }
 
 // The upper clamp lies where the scale is infinite, and so the result 0.
-template <class A>
-SK_INLINE Vec<A> sigmoid(Vec<A> x) {
+template <class A, int N>
+SK_INLINE Several<A, N> sigmoid(const Several<A, N>& x) {
     using T = ExpTable<A>;
     const A one = 1;
-    Vec<A> scale, poly;
-    exp_parts<A>(at_most<A>(at_least<A>(-x, T::lowest), T::overflow), scale, poly);
+    Several<A, N> scale, poly;
+    exp_parts<A, N>(at_most(at_least(x * -one, T::lowest), T::overflow), scale, poly);
     return one / (scale * (poly + one) + one);
+}
+template <class A>
+SK_INLINE Vec<A> sigmoid(Vec<A> x) {
+    return sigmoid<A, 1>({{x}}).v[0];
 }
 
 // With e = expm1(-2|x|): |tanh| = -e / (e + 2), which keeps its relative accuracy near zero, and its slope is
 // 4 (e + 1) / (e + 2)^2, which keeps it far from there, where 1 - tanh^2 would cancel. The sign is x's.
-template <class A>
-SK_INLINE Vec<A> tanh(Vec<A> x, Vec<A>* slope) {
+template <class A, int N>
+SK_INLINE Several<A, N> tanh(const Several<A, N>& x, Several<A, N>* slope = nullptr) {
     using T = ExpTable<A>;
     using I = typename Simd<A>::I;
     const I sign = (I)(-Vec<A>{});
-    Vec<A> y = (Vec<A>)((I)x | sign), scale, poly;
-    exp_parts<A>(at_least<A>(y + y, slope ? T::lowest : -T::tanh_limit), scale, poly);
-    const Vec<A> e = scale * poly + (scale - static_cast<A>(1)), below = e + static_cast<A>(2);
-    const Vec<A> t = e / below;
+    Several<A, N> y, scale, poly;
+    SK_UNROLL
+    for (int i = 0; i < N; ++i) y.v[i] = (Vec<A>)((I)x.v[i] | sign);
+    exp_parts<A, N>(at_least(y + y, slope ? T::lowest : -T::tanh_limit), scale, poly);
+    const Several<A, N> e = scale * poly + (scale - static_cast<A>(1)), below = e + static_cast<A>(2);
+    Several<A, N> t = e / below;
     if (slope) *slope = (scale * poly + scale) * static_cast<A>(4) / (below * below);
-    return (Vec<A>)(((I)t & ~sign) | ((I)x & sign));
+    SK_UNROLL
+    for (int i = 0; i < N; ++i) t.v[i] = (Vec<A>)(((I)t.v[i] & ~sign) | ((I)x.v[i] & sign));
+    return t;
 }
-
 template <class A>
 SK_INLINE Vec<A> tanh(Vec<A> x) {
-    return tanh<A>(x, nullptr);
+    return tanh<A, 1>({{x}}).v[0];
 }
 
 // x Phi(x), Phi the normal distribution. With t = 1 / (1 + 0.3 |x|), Phi(-|x|) = exp(-x^2 / 2) q(t): q
