@@ -55,6 +55,32 @@ struct KeyStreams {
     }
 };
 
+// out[m][0..Nv) += p[m][s width] times a row of each of T streams, for M queries.
+template <class A, int M, int T>
+SK_INLINE void add_values(const A* const* from, const A* p, long width, long Nv, A* out, long ldo) {
+    constexpr long n = Simd<A>::n;
+    const A* rows[T];
+    Vec<A> weights[M][T];
+    SK_UNROLL
+    for (int s = 0; s < T; ++s) {
+        rows[s] = from[s];  // the compiler would read it anew behind every store
+        SK_UNROLL
+        for (int m = 0; m < M; ++m) weights[m][s] = Vec<A>{} + p[m * KEYS + s * width];
+    }
+    for (long c = 0; c < Nv; c += n) {
+        Vec<A> sum[M], v[T];
+        SK_UNROLL
+        for (int s = 0; s < T; ++s) v[s] = load<A>(rows[s] + c);
+        SK_UNROLL
+        for (int m = 0; m < M; ++m) {
+            sum[m] = load<A>(out + m * ldo + c);
+            SK_UNROLL
+            for (int s = 0; s < T; ++s) sum[m] += v[s] * weights[m][s];
+            store<A>(out + m * ldo + c, sum[m]);
+        }
+    }
+}
+
 // out[m][0..Nv) (+)= the weights p[m] of `width` keys from each stream, of which `sizes` count, times their
 // values. The sums stay in memory: registers for those of several queries would leave some bytes of a row at
 // a time, and of rows that are read piece by piece the processor does not run ahead.
@@ -65,30 +91,28 @@ void few_values(const Rows<A>* from, const long* sizes, const A* p, long count, 
     const long ldo = Nv + n, common = sizes[STREAMS - 1];
     for (long m = 0; m < count && !begun; ++m)
         for (long c = 0; c < Nv; c += n) store<A>(out + m * ldo + c, Vec<A>{});
-    for (long k = 0; k < common; ++k)
-        for (long m = 0; m < count; ++m)
-            for (long c = 0; c < Nv; c += n) {
-                Vec<A> sum = load<A>(out + m * ldo + c);
-                SK_UNROLL
-                for (int s = 0; s < STREAMS; ++s)
-                    sum += load<A>(from[s].p + k * from[s].ld + c) * p[m * KEYS + s * width + k];
-                store<A>(out + m * ldo + c, sum);
-            }
+    for (long k = 0; k < common; ++k) {
+        const A* rows[STREAMS];
+        SK_UNROLL
+        for (int s = 0; s < STREAMS; ++s) rows[s] = from[s].p + k * from[s].ld;
+        long m = 0;
+        for (; m + 2 <= count; m += 2)
+            add_values<A, 2, STREAMS>(rows, p + m * KEYS + k, width, Nv, out + m * ldo, ldo);
+        if (m < count) add_values<A, 1, STREAMS>(rows, p + m * KEYS + k, width, Nv, out + m * ldo, ldo);
+    }
     for (int s = 0; s < STREAMS; ++s)
-        for (long k = common; k < sizes[s]; ++k)
+        for (long k = common; k < sizes[s]; ++k) {
+            const A* row = from[s].p + k * from[s].ld;
             for (long m = 0; m < count; ++m)
-                for (long c = 0; c < Nv; c += n) {
-                    A* o = out + m * ldo + c;
-                    const Vec<A> v = load<A>(from[s].p + k * from[s].ld + c);
-                    store<A>(o, load<A>(o) + v * p[m * KEYS + s * width + k]);
-                }
+                add_values<A, 1, 1>(&row, p + m * KEYS + s * width + k, 0, Nv, out + m * ldo, ldo);
+        }
 }
 
 // The scores of M queries and a vector of keys of each stream, the `at`-th of `width` and of those from i on:
 // to tile[m][s width + at]. Keys that there are not get -inf.
 template <class A, class S, int M>
-SK_INLINE void few_scores(const Scores<A>& scores, bool changed, const KeyStreams& keys, const S* k, long ld,
-                          long D, const A* q, long query, long i, long width, long at, A* tile) {
+void few_scores(const Scores<A>& scores, bool changed, const KeyStreams& keys, const S* k, long ld, long D,
+                const A* q, long query, long i, long width, long at, A* tile) {
     constexpr long n = Simd<A>::n;
     Multiplied<A> by[M];
     SK_UNROLL
@@ -125,20 +149,22 @@ bool few_queries(const AttentionForward& c, const Sequence& s, long kv_head, con
     constexpr long n = Simd<A>::n, M = ROWS_TOGETHER;
     const long ld_q = buffer_ld<A>(c.D), Nv = padded<A>(c.Dv);
     const Scores<A> scores(c, s, panel);
-    const bool changed = !scores.untouched(keys);
+    const Span plain = scores.untouched();
+    const bool changed = keys.begin < plain.begin || plain.end < keys.end;
     const KeyStreams streams(keys, n);
     const S* k = row_of<S>(c.k, s, kv_head, s.from_k);
     bool begun = false;
     for (long i = 0; i < streams.each; i += KEYS / STREAMS) {
         const long width = min_of(KEYS / STREAMS, streams.each - i);
         for (long at = 0; at < width; at += n) {
-            long r = 0;
-            for (; r + M <= panel.count; r += M)
-                few_scores<A, S, M>(scores, changed, streams, k, c.k.i, c.D, q + r * ld_q, r, i, width, at,
-                                    tile + r * KEYS);
-            for (; r < panel.count; ++r)
-                few_scores<A, S, 1>(scores, changed, streams, k, c.k.i, c.D, q + r * ld_q, r, i, width, at,
-                                    tile + r * KEYS);
+            for (long r = 0; r < panel.count;) {
+                const long rows = rows_together(panel.count - r);
+                (rows == M   ? few_scores<A, S, M>
+                 : rows == 2 ? few_scores<A, S, 2>
+                             : few_scores<A, S, 1>)(scores, changed, streams, k, c.k.i, c.D, q + r * ld_q, r,
+                                                    i, width, at, tile + r * KEYS);
+                r += rows;
+            }
         }
         for (long r = 0; r < panel.count; ++r) {
             A* out = begun ? run.out + r * (Nv + n) : nullptr;

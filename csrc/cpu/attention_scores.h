@@ -116,25 +116,27 @@ struct Scores {
         }
     }
 
-    // Whether scores of these keys stay as the matmul gave them.
-    SK_INLINE bool untouched(Span keys) const {
-        if (c.mask.p || c.bias.p || c.slopes || c.softcap > 0) return false;
-        const Span all = seen_by_all(c, s, panel.first, panel.last);
-        return all.begin <= keys.begin && keys.end <= all.end;
+    // Keys whose scores stay as the matmul gave them.
+    SK_INLINE Span untouched() const {
+        if (c.mask.p || c.bias.p || c.slopes || c.softcap > 0) return {0, 0};
+        return seen_by_all(c, s, panel.first, panel.last);
     }
 
     // tile[key][ld] of these keys: products -> scores in units of log 2, -inf where hidden. If cap_slope is
     // given, d cap(x) / dx is left there, in the same layout.
     template <class S>
     SK_INLINE void apply(A* tile, long ld, Span keys, A* cap_slope) const {
-        if (untouched(keys)) return;
-        for (long line = keys.begin; line < keys.end; line += LINE)
+        const Span plain = untouched();
+        for (long line = keys.begin; line < keys.end; line += LINE) {
+            const long end = min_of(line + LINE, keys.end);
+            if (plain.begin <= line && end <= plain.end) continue;
             for (long half = 0; half < 2; ++half)
-                for (long first = line; first < min_of(line + LINE, keys.end); first += n) {
-                    const long count = min_of(n, keys.end - first);
+                for (long first = line; first < end; first += n) {
+                    const long count = min_of(n, end - first);
                     const long at = (first - keys.begin) * ld + half * n;
                     chunk<S>(tile + at, cap_slope ? cap_slope + at : nullptr, ld, half, first, count);
                 }
+        }
     }
 
     // Masks and biases come from memory: they are asked for before the matmul whose scores they change.

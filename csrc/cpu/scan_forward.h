@@ -203,7 +203,7 @@ struct ForwardScan {
         for (; m < count; ++m) some_cells<SAVE, 1>(unit, left, x, r, bx, br, to, steps);
     }
 
-    static constexpr int TOGETHER = 2;
+    static constexpr int TOGETHER = 2;  // the gates of more would not fit sixteen registers
     template <bool SAVE, int N>
     SK_INLINE void some_cells(long unit, long left, const A*& x, const A*& r, const A*& bx, const A*& br,
                               Rows& to, const Steps& steps) const {
