@@ -108,6 +108,13 @@ void few_values(const Rows<A>* from, const long* sizes, const A* p, long count, 
         }
 }
 
+// How many of the queries that are left: two times two rather than three and one, which would wait for its
+// sums.
+SK_INLINE long queries_together(long left) {
+    constexpr long M = ROWS_TOGETHER;
+    return left == 2 || left == M + 1 ? 2 : left >= M ? M : 1;
+}
+
 // The scores of M queries and a vector of keys of each stream, the `at`-th of `width` and of those from i on:
 // to tile[m][s width + at]. Keys that there are not get -inf.
 template <class A, class S, int M>
@@ -158,7 +165,7 @@ bool few_queries(const AttentionForward& c, const Sequence& s, long kv_head, con
         const long width = min_of(KEYS / STREAMS, streams.each - i);
         for (long at = 0; at < width; at += n) {
             for (long r = 0; r < panel.count;) {
-                const long rows = rows_together(panel.count - r);
+                const long rows = queries_together(panel.count - r);
                 (rows == M   ? few_scores<A, S, M>
                  : rows == 2 ? few_scores<A, S, 2>
                              : few_scores<A, S, 1>)(scores, changed, streams, k, c.k.i, c.D, q + r * ld_q, r,

@@ -29,12 +29,6 @@ SK_INLINE Vec<A> lane_sums(Vec<A>* v) {
 // of sixteen registers one must be left for a factor.
 constexpr int ROWS_TOGETHER = SEQKERN_ACCUMULATORS < 16 ? 3 : 4;
 
-// How many of the rows that are left: two times two rather than three and one, which would wait for its sums.
-SK_INLINE long rows_together(long left) {
-    constexpr long M = ROWS_TOGETHER;
-    return left == 2 || left == M + 1 ? 2 : left >= M ? M : 1;
-}
-
 // One vector x[K] that many rows are multiplied with.
 template <class E>
 struct Multiplied {
@@ -140,7 +134,7 @@ void rows_as_they_lie(const S* w, long ldw, long K, long count, long rows, const
 constexpr int STREAMS = 4;
 
 template <class A, int M, class S>
-void few_rows_chains(const S* const* w, long K, const A* x, long ldx, Vec<A> (*to)[STREAMS]) {
+SK_INLINE void few_rows_chains(const S* const* w, long K, const A* x, long ldx, Vec<A> (*to)[STREAMS]) {
     Multiplied<A> by[M];
     SK_UNROLL
     for (int m = 0; m < M; ++m) by[m] = Multiplied<A>(x + m * ldx, K);
@@ -162,13 +156,10 @@ void few_rows(const S* w, long ldw, long K, long N, const A* x, long ldx, long r
             const S* from[STREAMS];
             SK_UNROLL
             for (int s = 0; s < STREAMS; ++s) from[s] = w + ((block + s * each) * n + r) * ldw;
-            for (long row = 0; row < rows;) {
-                const long some = rows_together(rows - row);
-                (some == M   ? few_rows_chains<A, M, S>
-                 : some == 2 ? few_rows_chains<A, 2, S>
-                             : few_rows_chains<A, 1, S>)(from, K, x + row * ldx, ldx, chains[r] + row);
-                row += some;
-            }
+            long row = 0;
+            for (; row + M <= rows; row += M)
+                few_rows_chains<A, M>(from, K, x + row * ldx, ldx, chains[r] + row);
+            for (; row < rows; ++row) few_rows_chains<A, 1>(from, K, x + row * ldx, ldx, chains[r] + row);
         }
         for (long row = 0; row < rows; ++row)
             for (int s = 0; s < STREAMS; ++s) {
