@@ -1,5 +1,6 @@
-// The cells as pointwise steps: the C++ twins of spec/cells.py. A cell sees values (a vector on the CPU, a
-// scalar on a GPU thread) and a math policy M with sigmoid, tanh and relu; never time, pointers or threads.
+// The cells as pointwise steps: the C++ twins of spec/cells.py. A cell sees values (a vector or several on
+// the CPU, a scalar on a GPU thread) and a math policy M with sigmoid, tanh and relu; never time, pointers or
+// threads.
 //   fwd: x[G], r[G] pre-activations (r unused where APART is false: then x already holds their sum),
 //        h_prev, c in/out -> h, reserve[R]
 //   bwd: reserve[R], h_prev, c_prev, dh, dc in/out -> dx[G], dr[G] (dr only where APART), returns the part of

@@ -157,6 +157,36 @@ def test_bits_do_not_depend_on_threads(options):
             assert torch.equal(x, other[name]), name
 
 
+@pytest.mark.parametrize(("heads", "L"), [(6, 150), (12, 150), (20, 10), (40, 7)])
+def test_heads_that_share_a_bias_add_to_its_gradient_in_order(isa, heads, L):
+    """The heads of a query straddle the blocks in which units follow one another."""
+    case = make_case(B=2, Hq=heads, Hkv=2, L=L, S=300, D=2, **OPTIONS["bias, heads shared"])
+    first, *others = on_threads(lambda: [run(case)["d_bias"] for _ in range(5)])
+    assert all(torch.equal(x, first[0]) for found in (first, *others) for x in found)
+
+
+@pytest.mark.parametrize("L", [2, 40])
+@pytest.mark.parametrize("lowest", [-1e9, "min", "max"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=named)
+def test_a_finite_bias_hides_no_key(isa, dtype, lowest, L):
+    """Weights of a row whose keys all have the lowest number are uniform, not none; a loss that leaves the row out
+    gets gradients of the others."""
+    q, k, v, g = (torch.randn(1, 2, n, 8, dtype=dtype) for n in (L, 50, 50, L))
+    bias = torch.zeros(1, 1, L, 50, dtype=dtype)
+    if lowest == "max":
+        bias[..., 1:, 3] = torch.finfo(dtype).max
+    else:
+        bias[..., 1:, :] = torch.finfo(dtype).min if lowest == "min" else lowest
+    g[:, :, 1:] = 0
+    found = {}
+    for backend in ("cpu", "reference"):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v, bias)]
+        out = attention(*inputs[:3], bias=inputs[3], backend=backend)
+        found[backend] = [out, *torch.autograd.grad(out, inputs, g)]
+    for got, want in zip(found["cpu"], found["reference"], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("options", ["plain", "causal", "bias, full"])
 def test_a_part_of_the_batch_has_the_bits_of_the_whole(options):
     case = make_case(B=3, Hq=2, Hkv=2, L=64, S=64, D=32, **OPTIONS[options])

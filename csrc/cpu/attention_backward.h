@@ -406,7 +406,7 @@ struct BackwardUnit {
                         d_tile[key * ROWS + lane];
         } else if (c.d_bias.p && !plan.rows) {
             const long before = unit_before(unit);
-            if (before >= 0) wait_for(&shared.done[before], c.start_q ? ALL_DONE : static_cast<int>(t + 1));
+            if (before >= 0) wait_for(&shared.done[before], past_queries(s, panel, t * TOGETHER + at));
             long offsets[W];
             for (long lane = 0; lane < W; ++lane)
                 offsets[lane] =
@@ -421,6 +421,18 @@ struct BackwardUnit {
             if (cap_slope) d *= load<A>(cap_slope + key * ROWS + at * W + half * n);
             store<A>(to, d);
         }
+    }
+
+    // How far that unit must be to have passed all panels that add to the same rows of d_bias as this one,
+    // the p-th of its group: where heads share a bias, those of the same queries, which may lie in a later
+    // block.
+    int past_queries(const Sequence& s, const Panel<A>& panel, long p) const {
+        if (c.start_q) return ALL_DONE;
+        if (c.d_bias.h == 0) {
+            const bool by_head = plan.G == 1 || s.L >= W;
+            p = by_head ? (p / plan.G + 1) * plan.G - 1 : ((panel.last + 1) * plan.G - 1) / W;
+        }
+        return static_cast<int>(p / TOGETHER + 1);
     }
 
     // The unit that adds to the same part of d_bias before this one; -1 for none.

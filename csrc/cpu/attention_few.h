@@ -108,11 +108,11 @@ void few_values(const Rows<A>* from, const long* sizes, const A* p, long count, 
         }
 }
 
-// How many of the queries that are left: two times two rather than three and one, which would wait for its
-// sums.
+// How many of the queries that are left: where three are the most, two times two rather than three and one,
+// which would wait for its sums.
 SK_INLINE long queries_together(long left) {
     constexpr long M = ROWS_TOGETHER;
-    return left == 2 || left == M + 1 ? 2 : left >= M ? M : 1;
+    return left == 2 || (M == 3 && left == 4) ? 2 : left >= M ? M : 1;
 }
 
 // The scores of M queries and a vector of keys of each stream, the `at`-th of `width` and of those from i on:

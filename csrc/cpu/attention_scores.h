@@ -99,7 +99,7 @@ struct Scores {
     using I = typename Simd<A>::I;
     using Lane = __typeof__(I{}[0]);
     static constexpr long n = Simd<A>::n, W = 2 * n;
-    static constexpr long LINE = n < 16 ? 16 : n;  // keys whose biases are a line of the cache: read at once
+    static constexpr long LINE = n < 16 ? 16 : n;  // keys whose float biases are a line of the cache
     const AttentionCall& c;
     const Sequence& s;
     const Panel<A>& panel;
@@ -139,16 +139,6 @@ struct Scores {
         }
     }
 
-    // Masks and biases come from memory: they are asked for before the matmul whose scores they change.
-    template <class S>
-    SK_INLINE void fetch(Span keys) const {
-        mask.template fetch<unsigned char>(panel.count, keys);
-        if (c.bias_is_wide)
-            bias.template fetch<A>(panel.count, keys);
-        else
-            bias.template fetch<S>(panel.count, keys);
-    }
-
     // The same for one query, x of the keys first + lane: lanes are keys here.
     template <class S>
     SK_INLINE Vec<A> apply_along_keys(Vec<A> x, long query, long first, long count) const {
@@ -160,6 +150,16 @@ struct Scores {
                                          : bias.template row<S>(query, first, count));
         x = placed(x, from, Vec<A>{} + slope[query / n][query % n]);
         return c.mask.p ? masked(x, mask.template row<unsigned char>(query, first, count)) : x;
+    }
+
+    // What comes from memory, masks and biases, is asked for before the matmul whose scores it changes.
+    template <class S>
+    SK_INLINE void fetch(Span keys) const {
+        mask.template fetch<unsigned char>(panel.count, keys);
+        if (c.bias_is_wide)
+            bias.template fetch<A>(panel.count, keys);
+        else
+            bias.template fetch<S>(panel.count, keys);
     }
 
     // Whether the query of a lane sees a key.
@@ -213,7 +213,13 @@ struct Scores {
             for (int i = 0; slopes && i < most; ++i) store<A>(slopes + (k + i) * ld, slope.v[i]);
         }
     }
-    static SK_INLINE Vec<A> biased(Vec<A> v, Vec<A> added) { return v + added * static_cast<A>(LOG2E); }
+    // A finite bias leaves a score finite, also where it overflows in units of log 2: masks made of the
+    // lowest number are common.
+    static SK_INLINE Vec<A> biased(Vec<A> v, Vec<A> added) {
+        const Vec<A> most = Vec<A>{} + static_cast<A>(sizeof(A) == 4 ? __FLT_MAX__ : __DBL_MAX__);
+        v = larger(smaller(added, -most), v + added * static_cast<A>(LOG2E));
+        return smaller(larger(added, most), v);
+    }
     static SK_INLINE Vec<A> masked(Vec<A> v, Vec<A> shown) { return (I)shown != 0 ? v : hidden(); }
     // from: j - i - d of each lane
     SK_INLINE Vec<A> placed(Vec<A> v, I from, Vec<A> slope) const {
@@ -226,8 +232,9 @@ struct Scores {
     static constexpr long FAR = 1L << 30;
 };
 
-// tile[key][ld] becomes 2^(tile - shift), lane by lane, and is added to `sum`.
-template <class A, int HALVES>
+// tile[key][ld] becomes 2^(tile - shift), lane by lane, and is added to `sum`. Weights made AGAIN from a
+// rounded log-sum-exp are at most 1: of numbers around 1e9 it is off by a hundred.
+template <class A, int HALVES, bool AGAIN = false>
 SK_INLINE void exponentials(A* tile, long ld, long keys, const Vec<A>* shift, Vec<A>* sum) {
     constexpr long n = Simd<A>::n;
     constexpr int together = 4;
@@ -237,6 +244,7 @@ SK_INLINE void exponentials(A* tile, long ld, long keys, const Vec<A>* shift, Ve
         SK_UNROLL
         for (int i = 0; i < together; ++i)
             x.v[i] = load<A>(tile + (k + i / HALVES) * ld + i % HALVES * n) - shift[i % HALVES];
+        if (AGAIN) x = at_most(x, static_cast<A>(0));
         x = exp2_below<A, together>(x);
         SK_UNROLL
         for (int i = 0; i < together; ++i) {
@@ -247,9 +255,11 @@ SK_INLINE void exponentials(A* tile, long ld, long keys, const Vec<A>* shift, Ve
     for (; k < keys; ++k) SK_UNROLL
     for (int half = 0; half < HALVES; ++half) {
         A* at = tile + k * ld + half * n;
-        const Vec<A> p = exp2_below<A>(load<A>(at) - shift[half]);
-        sum[half] += p;
-        store<A>(at, p);
+        Several<A, 1> x{{load<A>(at) - shift[half]}};
+        if (AGAIN) x = at_most(x, static_cast<A>(0));
+        x = exp2_below<A, 1>(x);
+        sum[half] += x.v[0];
+        store<A>(at, x.v[0]);
     }
 }
 
@@ -290,8 +300,7 @@ SK_INLINE Rows<A> without_unseen(const AttentionCall& c, const Sequence& s, cons
     return {buffer, ld};
 }
 
-// Which weights dropout keeps: for keys first..first + 3 (first a multiple of 4) one vector each, -1 where
-// kept.
+// Which weights dropout keeps, for keys from a multiple of 4 on.
 template <class A>
 struct Dropout {
     using I = typename Simd<A>::I;

@@ -70,7 +70,7 @@ SK_INLINE void weights_again(const Scores<A>& scores, const Again<A>& again, Row
     scores.template apply<S>(tile, ld, keys, cap_slope);
     const Vec<A> lse[2] = {load<A>(again.lse), load<A>(again.lse + n)};
     Vec<A> sum[2] = {};
-    exponentials<A, 2>(tile, ld, count, lse, sum);
+    exponentials<A, 2, true>(tile, ld, count, lse, sum);
 }
 
 template <class A, class S>

@@ -64,11 +64,10 @@ SK_INLINE void philox(unsigned long seed, Words (*c)[4], int first = 0) {
 // The words of counters (b, h, i, x) with h and i of each lane. Only two numbers of the first two rounds
 // depend on x, and they are the same in all lanes.
 struct PhiloxLanes {
-    unsigned long seed;
-    unsigned int high_b;
-    Words of_h, of_i, low_i;  // after two rounds: word 0 without what x brings, words 2 and 3
+    unsigned int high_b;           // of the first round's word 2, without x
+    Words word_0, word_2, word_3;  // after two rounds, word 0 without what x brings
 
-    SK_INLINE PhiloxLanes(unsigned long seed, unsigned int b, const Words& h, const Words& i) : seed(seed) {
+    SK_INLINE PhiloxLanes(unsigned long seed, unsigned int b, const Words& h, const Words& i) {
         const unsigned int k0 = static_cast<unsigned int>(seed), k1 = static_cast<unsigned int>(seed >> 32);
         const unsigned long of_b = static_cast<unsigned long>(b) * PHILOX_M0;
         high_b = static_cast<unsigned int>(of_b >> 32) ^ k1;
@@ -76,16 +75,16 @@ struct PhiloxLanes {
             const unsigned long p1 = static_cast<unsigned long>(i[lane]) * PHILOX_M1;
             const unsigned int first = static_cast<unsigned int>(p1 >> 32) ^ h[lane] ^ k0;
             const unsigned long p0 = static_cast<unsigned long>(first) * PHILOX_M0;
-            of_h[lane] = static_cast<unsigned int>(p1) ^ (k0 + PHILOX_W0);
-            of_i[lane] =
+            word_0[lane] = static_cast<unsigned int>(p1) ^ (k0 + PHILOX_W0);
+            word_2[lane] =
                 static_cast<unsigned int>(p0 >> 32) ^ static_cast<unsigned int>(of_b) ^ (k1 + PHILOX_W1);
-            low_i[lane] = static_cast<unsigned int>(p0);
+            word_3[lane] = static_cast<unsigned int>(p0);
         }
     }
     SK_INLINE void start(unsigned int x, Words c[4]) const {  // before round 2
         const unsigned long p = static_cast<unsigned long>(high_b ^ x) * PHILOX_M1;
-        c[0] = of_h ^ static_cast<unsigned int>(p >> 32), c[1] = Words{} + static_cast<unsigned int>(p);
-        c[2] = of_i, c[3] = low_i;
+        c[0] = word_0 ^ static_cast<unsigned int>(p >> 32), c[1] = Words{} + static_cast<unsigned int>(p);
+        c[2] = word_2, c[3] = word_3;
     }
 };
 
