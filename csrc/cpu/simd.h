@@ -3,7 +3,11 @@
 // cannot run. Expects SEQKERN_ISA (namespace name), SEQKERN_VECTOR_BYTES and SEQKERN_ACCUMULATORS.
 #pragma once
 
+#ifdef __SANITIZE_ADDRESS__  // whose checks would be multiplied, and minutes of compiling
+#define SK_INLINE inline
+#else
 #define SK_INLINE inline __attribute__((always_inline))
+#endif
 #define SK_UNROLL _Pragma("GCC unroll 32")
 
 namespace seqkern {
