@@ -428,10 +428,7 @@ struct BackwardUnit {
     // block.
     int past_queries(const Sequence& s, const Panel<A>& panel, long p) const {
         if (c.start_q) return ALL_DONE;
-        if (c.d_bias.h == 0) {
-            const bool by_head = plan.G == 1 || s.L >= W;
-            p = by_head ? (p / plan.G + 1) * plan.G - 1 : ((panel.last + 1) * plan.G - 1) / W;
-        }
+        if (c.d_bias.h == 0) p = HeadGroup<A>(c, s, 0).last_beside(panel, p);
         return static_cast<int>(p / TOGETHER + 1);
     }
 

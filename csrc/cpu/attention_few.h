@@ -156,8 +156,7 @@ bool few_queries(const AttentionForward& c, const Sequence& s, long kv_head, con
     constexpr long n = Simd<A>::n, M = ROWS_TOGETHER;
     const long ld_q = buffer_ld<A>(c.D), Nv = padded<A>(c.Dv);
     const Scores<A> scores(c, s, panel);
-    const Span plain = scores.untouched();
-    const bool changed = keys.begin < plain.begin || plain.end < keys.end;
+    const bool changed = !scores.untouched().holds(keys);
     const KeyStreams streams(keys, n);
     const S* k = row_of<S>(c.k, s, kv_head, s.from_k);
     bool begun = false;

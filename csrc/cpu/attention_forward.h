@@ -16,7 +16,6 @@ SK_INLINE void join_softmax(A* tile, long keys, const Running<A>& run, long coun
     constexpr long n = Simd<A>::n, W = 2 * n;
     const Vec<A> hidden = Vec<A>{} - static_cast<A>(__builtin_inf());
     A fade[W] __attribute__((aligned(SEQKERN_VECTOR_BYTES)));
-    bool fades = false;
     Vec<A> top[2][2] = {{hidden, hidden}, {hidden, hidden}}, shift[2], sum[2] = {};
     for (long k = 0; k < keys; k += 2) SK_UNROLL
     for (int half = 0; half < HALVES; ++half) {
@@ -36,12 +35,10 @@ SK_INLINE void join_softmax(A* tile, long keys, const Running<A>& run, long coun
         store<A>(run.m + half * n, m);
         store<A>(run.l + half * n, load<A>(run.l + half * n) * f);
     }
-    for (long lane = 0; lane < count; ++lane) fades = fades || fade[lane] != 1;
     exponentials<A, HALVES>(tile, W, keys, shift, sum);
     SK_UNROLL
     for (int half = 0; half < HALVES; ++half)
         store<A>(run.l + half * n, load<A>(run.l + half * n) + sum[half]);
-    if (!fades) return;
     for (long lane = 0; lane < count; ++lane) {
         if (fade[lane] == 1) continue;
         A* row = run.out + lane * (Nv + n);

@@ -40,6 +40,7 @@ SK_INLINE S* row_of(const Result& x, const Sequence& s, long h, long i) {
 struct Span {
     long begin, end;
     SK_INLINE bool empty() const { return begin >= end; }
+    SK_INLINE bool holds(Span other) const { return begin <= other.begin && other.end <= end; }
 };
 
 // Queries of the heads that share keys, one to a lane.
@@ -66,6 +67,10 @@ struct HeadGroup {
         return G == 1 || L >= W ? ceil_div(L, W) * G : ceil_div(L * G, W);
     }
     long panels() const { return panels_for(G, L); }
+    // The last panel with a query of panel p.
+    long last_beside(const Panel<A>& panel, long p) const {
+        return by_head ? (p / G + 1) * G - 1 : ((panel.last + 1) * G - 1) / W;
+    }
 
     SK_INLINE Panel<A> panel(long p) const {
         Panel<A> found;

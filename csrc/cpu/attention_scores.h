@@ -129,7 +129,7 @@ struct Scores {
         const Span plain = untouched();
         for (long line = keys.begin; line < keys.end; line += LINE) {
             const long end = min_of(line + LINE, keys.end);
-            if (plain.begin <= line && end <= plain.end) continue;
+            if (plain.holds({line, end})) continue;
             for (long half = 0; half < 2; ++half)
                 for (long first = line; first < end; first += n) {
                     const long count = min_of(n, end - first);
@@ -232,8 +232,8 @@ struct Scores {
     static constexpr long FAR = 1L << 30;
 };
 
-// tile[key][ld] becomes 2^(tile - shift), lane by lane, and is added to `sum`. Weights made AGAIN from a
-// rounded log-sum-exp are at most 1: of numbers around 1e9 it is off by a hundred.
+// tile[key][ld] becomes 2^(tile - shift), lane by lane, and is added to `sum`, if given. Weights made AGAIN
+// from a rounded log-sum-exp are at most 1: around 1e9 one place is 128.
 template <class A, int HALVES, bool AGAIN = false>
 SK_INLINE void exponentials(A* tile, long ld, long keys, const Vec<A>* shift, Vec<A>* sum) {
     constexpr long n = Simd<A>::n;
@@ -248,7 +248,7 @@ SK_INLINE void exponentials(A* tile, long ld, long keys, const Vec<A>* shift, Ve
         x = exp2_below<A, together>(x);
         SK_UNROLL
         for (int i = 0; i < together; ++i) {
-            sum[i % HALVES] += x.v[i];
+            if (sum) sum[i % HALVES] += x.v[i];
             store<A>(tile + (k + i / HALVES) * ld + i % HALVES * n, x.v[i]);
         }
     }
@@ -258,7 +258,7 @@ SK_INLINE void exponentials(A* tile, long ld, long keys, const Vec<A>* shift, Ve
         Several<A, 1> x{{load<A>(at) - shift[half]}};
         if (AGAIN) x = at_most(x, static_cast<A>(0));
         x = exp2_below<A, 1>(x);
-        sum[half] += x.v[0];
+        if (sum) sum[half] += x.v[0];
         store<A>(at, x.v[0]);
     }
 }

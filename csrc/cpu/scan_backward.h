@@ -458,8 +458,8 @@ struct BackwardScan {
                         long first, bool add) const {
         TileFn<E> run = tile_for<E, 2, true>(width, 1);
         for (long p = 0; p * PW < columns; ++p) {
-            run(buf.block, width * F::depth, packed_panels(b, chunk, PW, p).first, PW * F::depth, 0, rows,
-                buf.tile, PW, 0, false, nullptr);
+            const Panels<E> panel = packed_panels(b, chunk, PW, p);
+            run(buf.block, width * F::depth, panel.first, panel.ld, 0, rows, buf.tile, PW, 0, false, nullptr);
             for (long m = 0; m < width; ++m) {
                 const long at = (first + m) * columns + p * PW;
                 if (at_once) {

@@ -270,8 +270,8 @@ SK_INLINE long buffer_ld(long size) {
     return padded<A>(size) + Simd<A>::n;
 }
 
-// N vectors that take each step of a computation together. One after another, chains of some 40 cycles (an
-// exponential) or 70 (a sigmoid) would fill the scheduler before a second of them is under way.
+// N vectors that take each step of a computation together. One after another, long chains (an exponential, a
+// sigmoid) would fill the scheduler before a second of them is under way.
 template <class A, int N>
 struct Several {
     Vec<A> v[N];
@@ -301,20 +301,17 @@ struct Several {
 #undef SK_OPERATOR
 };
 
-template <class A, int N>
-SK_INLINE Several<A, N> at_least(const Several<A, N>& x, A low) {
-    Several<A, N> found;
-    SK_UNROLL
-    for (int i = 0; i < N; ++i) found.v[i] = larger(Vec<A>{} + low, x.v[i]);
-    return found;
-}
-template <class A, int N>
-SK_INLINE Several<A, N> at_most(const Several<A, N>& x, A high) {
-    Several<A, N> found;
-    SK_UNROLL
-    for (int i = 0; i < N; ++i) found.v[i] = smaller(Vec<A>{} + high, x.v[i]);
-    return found;
-}
+#define SK_HELD(name, chosen)                                                      \
+    template <class A, int N>                                                      \
+    SK_INLINE Several<A, N> name(const Several<A, N>& x, A bound) {                \
+        Several<A, N> found;                                                       \
+        SK_UNROLL                                                                  \
+        for (int i = 0; i < N; ++i) found.v[i] = chosen(Vec<A>{} + bound, x.v[i]); \
+        return found;                                                              \
+    }
+SK_HELD(at_least, larger)
+SK_HELD(at_most, smaller)
+#undef SK_HELD
 
 }  // namespace SEQKERN_ISA
 }  // namespace seqkern
