@@ -8,11 +8,12 @@ import triton.language as tl
 
 from seqkern.kernels.launch import Launch, operand, prepare, run
 from seqkern.kernels.mods import (
-    LN2,
-    LOG2E,
     drop,
+    exponential,
+    in_units,
     kept,
     key_range,
+    logarithm,
     reached,
     rows,
     score,
@@ -25,11 +26,11 @@ from seqkern.kernels.tuning_attention import choose
 
 @triton.jit
 def softmax_block(acc, m, l, x, keep, mods):
-    """A block of scores [M, N] (units of log 2, -inf where hidden) joins the running softmax; p weighs its values."""
+    """A block of scores [M, N] (-inf where hidden) joins the running softmax; p weighs its values."""
     top = tl.maximum(m, tl.max(x, 1))
     shift = tl.where(top == -float("inf"), 0.0, top)
-    p = tl.exp2(x - shift[:, None])
-    fade = tl.exp2(m - shift)
+    p = exponential(x - shift[:, None], mods)
+    fade = exponential(m - shift, mods)
     l = l * fade + tl.sum(p, 1)
     if mods.seed is not None:
         p = drop(p, keep, mods)
@@ -128,18 +129,18 @@ def attend_ranges(
 
 
 @triton.jit
-def finish(acc, m, l, sink):
+def finish(acc, m, l, sink, mods):
     """Running maximum and sum -> output and natural log-sum-exp; the sink (a logit, or None) joins the denominator."""
     if sink is not None:
-        sink = sink.to(tl.float32) * LOG2E
+        sink = in_units(sink.to(tl.float32), mods)
         top = tl.maximum(m, sink)
-        fade = tl.exp2(m - top)
-        l = l * fade + tl.exp2(sink - top)
+        fade = exponential(m - top, mods)
+        l = l * fade + exponential(sink - top, mods)
         acc = acc * fade[:, None]
         m = top
     empty = l == 0.0
     acc = acc / tl.where(empty, 1.0, l)[:, None]
-    lse = tl.where(empty, -float("inf"), (m + tl.log2(tl.where(empty, 1.0, l))) * LN2)
+    lse = tl.where(empty, -float("inf"), logarithm(m, tl.where(empty, 1.0, l), mods))
     return acc, lse
 
 
@@ -174,7 +175,7 @@ def forward_kernel(
         sink = None
         if sinks is not None:
             sink = tl.load(sinks + h)
-        acc, total = finish(acc, m, l, sink)
+        acc, total = finish(acc, m, l, sink, mods)
         base_o = b.to(tl.int64) * o.batch + h.to(tl.int64) * o.head + begin_q * o.row
         store_rows(o.p + base_o, r.to(tl.int64) * o.row, r < L, acc, DV, BLOCK_DV)
         base_lse = b.to(tl.int64) * lse.batch + h.to(tl.int64) * lse.head + begin_q

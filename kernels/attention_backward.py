@@ -12,8 +12,8 @@ import triton.language as tl
 
 from seqkern.kernels.launch import Launch, RowValues, operand, plane, prepare, run, unit_last
 from seqkern.kernels.mods import (
-    LOG2E,
     drop,
+    in_units,
     kept,
     key_range,
     plane_offsets,
@@ -24,6 +24,7 @@ from seqkern.kernels.mods import (
     sequence,
     shown,
     store_rows,
+    weights_again,
 )
 from seqkern.kernels.tuning_attention import DELTA_ROWS, choose
 
@@ -61,10 +62,10 @@ def row_value(x, b, h, begin, r, L, other):
 
 
 @triton.jit
-def log2_denominator(lse, b, h, begin, r, L):
-    """lse in units of log 2; +inf, which makes every weight 0, for empty rows and rows past the end."""
+def denominator(lse, b, h, begin, r, L, mods):
+    """lse in the units of scores; +inf, which makes every weight 0, for empty rows and rows past the end."""
     x = row_value(lse, b, h, begin, r, L, float("inf"))
-    return tl.where(x == -float("inf"), float("inf"), x * LOG2E)
+    return tl.where(x == -float("inf"), float("inf"), in_units(x, mods))
 
 
 @triton.jit
@@ -74,7 +75,7 @@ def grad_scores(
 ):  # fmt: skip
     """x = q k^T and dw = g v^T -> w, ds, d cap / dx. column: the queries as [M, 1], whichever way the tile lies."""
     x, cap_slope = score(x, b, h, i, j, d, inside, scale, mods)
-    p = tl.exp2(x - lse)
+    p = weights_again(x, lse, mods)
     if see is not None:
         p = tl.where(see, p, 0.0)
     w = p
@@ -97,7 +98,7 @@ def keys_block(
     """The queries lo..hi of one head for a block of keys. Tiles lie transposed: keys down, queries across.
 
     Where there is a window every tile is held against it: a loop of its own for tiles that are seen wholly took more
-    registers than there are. Rows past the end weigh nothing (`log2_denominator`), keys past the end are not stored.
+    registers than there are. Rows past the end weigh nothing (`denominator`), keys past the end are not stored.
     """
     MASKED: tl.constexpr = mods.left is not None or mods.right is not None or mods.mask is not None
     for first in tl.range(lo, hi, BLOCK_M):
@@ -112,10 +113,10 @@ def keys_block(
         see = None
         if MASKED:
             see = shown(b, h, i, j, d, inside, mods)
-        lse_2 = log2_denominator(lse, b, h, begin_q, r, L)[None, :]
+        logsum = denominator(lse, b, h, begin_q, r, L, mods)[None, :]
         back = row_value(delta, b, h, begin_q, r, L, 0.0)[None, :]
         w, ds, cap_slope = grad_scores(
-            x, dw, lse_2, back, b, h, i, j, r[:, None], first_key, d, inside, see, scale, mods, BLOCK_N, True
+            x, dw, logsum, back, b, h, i, j, r[:, None], first_key, d, inside, see, scale, mods, BLOCK_N, True
         )
         dv = tl.dot(w.to(gg.dtype), gg, dv, input_precision=PRECISION)
         dk = tl.dot((ds * cap_slope).to(qq.dtype), qq, dk, input_precision=PRECISION)
@@ -167,7 +168,7 @@ def keys_kernel(
 
 @triton.jit
 def queries_block(
-    dq, dslope, qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, lo, hi, dbias, scale, mods,
+    dq, dslope, qq, gg, logsum, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, lo, hi, dbias, scale, mods,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, EDGE: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
@@ -192,7 +193,7 @@ def queries_block(
         vv = rows(v.p + base_v, r64 * v.row, ok, DV, BLOCK_DV)
         dw = tl.dot(gg, tl.trans(vv), input_precision=PRECISION)
         _, ds, cap_slope = grad_scores(
-            x, dw, lse_2, back, b, h, i, j, i, begin, d, inside, see, scale, mods, BLOCK_N, False
+            x, dw, logsum, back, b, h, i, j, i, begin, d, inside, see, scale, mods, BLOCK_N, False
         )
         if dbias is not None:
             p_dbias = dbias.p + plane_offsets(dbias, b, h, i, j)
@@ -205,7 +206,7 @@ def queries_block(
 
 @triton.jit
 def queries_ranges(
-    qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, dbias, scale, mods,
+    qq, gg, logsum, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, dbias, scale, mods,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
@@ -215,15 +216,15 @@ def queries_ranges(
     lo, full_lo, full_hi, hi = key_range(first, last, S, d, mods, BLOCK_N)
     if mods.left is not None:
         dq, dslope = queries_block(
-            dq, dslope, qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, lo,
+            dq, dslope, qq, gg, logsum, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, lo,
             tl.minimum(full_lo, hi), dbias, scale, mods, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, True, GUARD,
         )  # fmt: skip
     dq, dslope = queries_block(
-        dq, dslope, qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, full_lo, full_hi,
+        dq, dslope, qq, gg, logsum, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, full_lo, full_hi,
         dbias, scale, mods, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, False, GUARD,
     )  # fmt: skip
     return queries_block(
-        dq, dslope, qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, full_hi, hi,
+        dq, dslope, qq, gg, logsum, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, full_hi, hi,
         dbias, scale, mods, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, True, GUARD,
     )  # fmt: skip
 
@@ -258,17 +259,17 @@ def queries_kernel(
         base_v = b.to(tl.int64) * v.batch + (h // G).to(tl.int64) * v.head + begin_k * v.row
         qq = rows(q.p + base_q, r64 * q.row, r < L, D, BLOCK_D)
         gg = rows(do.p + base_do, r64 * do.row, r < L, DV, BLOCK_DV)
-        lse_2 = log2_denominator(lse, b, h, begin_q, r, L)[:, None]
+        logsum = denominator(lse, b, h, begin_q, r, L, mods)[:, None]
         back = row_value(delta, b, h, begin_q, r, L, 0.0)[:, None]
         last = tl.minimum(first + BLOCK_M, L) - 1
         acc, dslope = queries_ranges(
-            qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, dbias, scale, mods,
+            qq, gg, logsum, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, dbias, scale, mods,
             D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, GUARD,
         )  # fmt: skip
         if mods.mask is not None and RETRIES:  # noqa: SIM102  # the outer one is decided when the kernel is compiled
             if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:  # as in `attend_all`
                 acc, dslope = queries_ranges(
-                    qq, gg, lse_2, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, dbias, scale, mods,
+                    qq, gg, logsum, back, k, v, base_k, base_v, b, h, i, first, last, L, S, d, dbias, scale, mods,
                     D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, True,
                 )  # fmt: skip
         base_dq = b.to(tl.int64) * dq.batch + h.to(tl.int64) * dq.head + begin_q * dq.row
@@ -319,7 +320,7 @@ def bias_kernel(
             i = r[:, None]
             qq = rows(q.p + base_q, r64 * q.row, r < length, D, BLOCK_D)
             gg = rows(do.p + base_do, r64 * do.row, r < length, DV, BLOCK_DV)
-            lse_2 = log2_denominator(lse, b, h, begin_q, r, length)[:, None]
+            logsum = denominator(lse, b, h, begin_q, r, length, mods)[:, None]
             back = row_value(delta, b, h, begin_q, r, length, 0.0)[:, None]
             lo, _lo, _hi, hi = key_range(
                 first, tl.minimum(first + BLOCK_M, length) - 1, keys, d, mods, BLOCK_N
@@ -339,7 +340,7 @@ def bias_kernel(
                 x = tl.dot(qq, tl.trans(kk), input_precision=PRECISION)
                 dw = tl.dot(gg, tl.trans(vv), input_precision=PRECISION)
                 _w, ds, _slope = grad_scores(
-                    x, dw, lse_2, back, b, h, i, j, i, first_key, d, inside, see, scale, mods, BLOCK_N, False
+                    x, dw, logsum, back, b, h, i, j, i, first_key, d, inside, see, scale, mods, BLOCK_N, False
                 )
                 total += ds
     i = row * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]

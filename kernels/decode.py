@@ -47,7 +47,7 @@ def decode_kernel(
         tl.minimum(begin + CHUNK, S), scale, mods, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
         RETRIES,
     )  # fmt: skip
-    acc, lse = finish(acc, m, l, None)
+    acc, lse = finish(acc, m, l, None, mods)
     row = ((b.to(tl.int64) * Hq + h64) * longest + i64) * splits + split
     store_rows(part, row * DV, i < L, acc, DV, BLOCK_DV)
     tl.store(part_lse + row, lse, mask=i < L)

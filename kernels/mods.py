@@ -109,23 +109,62 @@ def slopes(b, h, mods):
 
 
 @triton.jit
+def in_units(x, mods):
+    """A natural logarithm in the units of a call's scores: those of log 2, so that a weight is a mere exp2. With a bias
+    natural ones: in those of log 2 the lowest float, with which many a bias hides keys, is -inf.
+    """
+    if mods.bias is None:
+        x = x * LOG2E
+    return x
+
+
+@triton.jit
+def exponential(x, mods):
+    """e to the power of a score's distance from another."""
+    if mods.bias is not None:
+        x = x * LOG2E
+    return tl.exp2(x)
+
+
+@triton.jit
+def logarithm(m, l, mods):
+    """The natural logarithm of the sum l of exponentials that are relative to the score m."""
+    if mods.bias is None:
+        found = (m + tl.log2(l)) * LN2
+    else:
+        found = m + tl.log2(l) * LN2
+    return found
+
+
+@triton.jit
+def weights_again(x, lse, mods):
+    """The weights of scores, by the log-sum-exp in their units. With a bias at most 1: where that is around 1e9, one
+    place of it is 64, and e^64 times a gradient is soon no number.
+    """
+    away = x - lse
+    if mods.bias is not None:
+        away = tl.minimum(away, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return exponential(away, mods)
+
+
+@triton.jit
 def score(x, b, h, i, j, d, inside, scale, mods):
-    """q k^T -> scores in units of log 2, and d cap(x) / dx. inside: where bias may be read, None for everywhere."""
+    """q k^T -> scores (`in_units`), and d cap(x) / dx. inside: where bias may be read, None for everywhere."""
     cap_slope = 1.0
     if mods.softcap is not None:
         t = tanh(x * (scale / mods.softcap))
         cap_slope = 1.0 - t * t
-        x = t * (mods.softcap * LOG2E)
+        x = t * in_units(mods.softcap, mods)
     else:
-        x = x * (scale * LOG2E)
+        x = x * in_units(scale, mods)
     if mods.bias is not None:
         p_bias = mods.bias.p + plane_offsets(mods.bias, b, h, i, j)
         if inside is None:
-            x += tl.load(p_bias).to(tl.float32) * LOG2E
+            x += tl.load(p_bias).to(tl.float32)
         else:
-            x += tl.load(p_bias, mask=inside, other=0.0).to(tl.float32) * LOG2E
+            x += tl.load(p_bias, mask=inside, other=0.0).to(tl.float32)
     if mods.slopes is not None:
-        x -= slopes(b, h, mods) * LOG2E * tl.abs(j - i - d).to(tl.float32)
+        x -= in_units(slopes(b, h, mods), mods) * tl.abs(j - i - d).to(tl.float32)
     return x, cap_slope
 
 

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from seqkern.kernels.attention_backward import log2_denominator
+from seqkern.kernels.attention_backward import denominator
 from seqkern.kernels.launch import Launch, operand, prepare, run
-from seqkern.kernels.mods import drop, kept, rows, score, shown
+from seqkern.kernels.mods import drop, kept, rows, score, shown, weights_again
 from seqkern.kernels.tuning_attention import WEIGHTS_BLOCK
 
 
@@ -41,8 +41,8 @@ def weights_kernel(
         qq = rows(q.p + base_q, r.to(tl.int64) * q.row, r < L, D, BLOCK_D)
         kk = rows(k.p + base_k, c.to(tl.int64) * k.row, c < S, D, BLOCK_D)
         x, _ = score(tl.dot(qq, tl.trans(kk), input_precision=PRECISION), b, h, i, j, d, inside, scale, mods)
-        lse_2 = log2_denominator(lse, b, h, 0, r, L)[:, None]
-        w = tl.where(shown(b, h, i, j, d, inside, mods), tl.exp2(x - lse_2), 0.0)
+        logsum = denominator(lse, b, h, 0, r, L, mods)[:, None]
+        w = tl.where(shown(b, h, i, j, d, inside, mods), weights_again(x, logsum, mods), 0.0)
         if mods.seed is not None:
             w = drop(w, kept(b, h, i, first_key, mods, BLOCK_N, False), mods)
         total += w

@@ -91,6 +91,8 @@ SLOW = [
 SPILLING = {
     # With every option at once an H200 ran these blocks faster than the smaller ones that do not spill.
     *cases([90], ["keys", "queries"], ["bfloat16"], [128], ["everything"]),
+    # Two words of each thread.
+    *cases([90], ["forward"], ["bfloat16"], [128], ["everything"]),
     # Three and four words, kept before the loops and read after them: the assembler stops at the registers with which
     # one more program fits a multiprocessor. Smaller blocks would be too narrow for a mask (`LEAST_SUMMED`), or be
     # every other architecture's too.

@@ -204,6 +204,36 @@ def check_decode(case):
     assert_close(got, want, errors)
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy's
+@pytest.mark.parametrize("L", [1, 20], ids=["decode", "forward"])
+@pytest.mark.parametrize("lowest", ["min", "max", "one"])
+def test_a_finite_bias_hides_no_key(lowest, L):
+    """Weights of a row whose keys all have the lowest number are uniform, not none; gradients of the other rows."""
+    q, k, v, g = (torch.randn(1, 2, n, 16) for n in (L, 512, 512, L))
+    bias = torch.zeros(1, 1, L, 512)
+    row = slice(1, None) if L > 1 else slice(None)
+    if lowest == "max":
+        bias[..., row, 3] = torch.finfo(torch.float32).max
+    else:
+        bias[..., row, slice(None) if lowest == "min" else 5] = torch.finfo(torch.float32).min
+    if L > 1:
+        g[:, :, 1:] = 0
+    t, o = Tensors(q, k, v, bias=bias), spec.Options(0.25)
+    want = spec.attention(*t, *o)[0]
+    on_device = Tensors(*(x if x is None else x.to(DEVICE) for x in t))
+    output, lse, _ = run_triton(*on_device, *o)
+    torch.testing.assert_close(output.cpu(), want, rtol=1e-5, atol=1e-5)
+    if L == 1:
+        return
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, bias)]
+    spec.attention(*leaves[:3], None, leaves[3], *t[5:], *o)[0].backward(g)
+    grads = run_triton_backward(
+        g.to(DEVICE), torch.zeros_like(lse), None, output, lse, *on_device, *o, *((True,) * len(NEEDS))
+    )
+    for got, leaf in zip(grads[:4], leaves, strict=True):
+        torch.testing.assert_close(got.cpu(), leaf.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_decode_is_chosen_for_few_queries():
     assert is_decode(1, 4096, 8) and is_decode(4, 1024, 4)
     assert not is_decode(1, 512, 1) and not is_decode(17, 4096, 1) and not is_decode(8, 4096, 16)
