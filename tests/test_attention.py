@@ -1,6 +1,7 @@
 """Attention as an op and as functions: backends, errors at the door, compilers and transforms."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -54,6 +55,100 @@ def chosen(run):
     with _backend.watch() as seen:
         run()
     return [choice for _, choice in seen]
+
+
+# the short way of calls without options, on a CPU and without a gradient
+
+
+def long_way(call):
+    with _backend.watch():  # which closes the short one
+        return call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("query", "key", "size"),
+    [
+        ((1, 2, 3, 8), (1, 2, 5, 8), 8),  # small: torch's
+        ((2, 8, 1, 64), (2, 8, 3000, 64), 64),
+        ((2, 8, 1, 64), (2, 2, 3000, 64), 48),
+        ((1, 4, 300, 64), (1, 4, 500, 64), 64),
+    ],
+)
+def test_the_short_way_is_the_long_one(query, key, size, dtype):
+    q, k, v = (torch.randn(shape).to(dtype) for shape in (query, key, (*key[:3], size)))
+    for causal, scale in ((False, None), (True, 0.3)):
+        for call in (
+            partial(attention, q, k, v, causal=causal, scale=scale),
+            partial(scaled_dot_product_attention, q, k, v, None, 0.0, causal, scale, enable_gqa=True),
+        ):
+            assert torch.equal(call(), long_way(call))
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: (q, k[:, :1], v),
+        lambda q, k, v: (q, k[..., :4], v),
+        lambda q, k, v: (q, k[:, :, 1:], v),
+        lambda q, k, v: (q[:, :3], k, v),
+        lambda q, k, v: (q[:1], k, v),
+        lambda q, k, v: (q, k, v.double()),
+        lambda q, k, v: (q.half(), k, v),
+        lambda q, k, v: (q.long(), k.long(), v.long()),
+        lambda q, k, v: (q[0], k[0], v[0]),
+        lambda q, k, v: (q[:, :0], k, v),
+        lambda q, k, v: (q, k[:, :0], v[:, :0]),
+        lambda q, k, v: (q[..., :0], k[..., :0], v),
+        lambda q, k, v: (q, k, v[..., :0]),
+        lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]),
+        lambda q, k, v: (q[:, :, :0], k, v),
+        lambda q, k, v: (q[:0], k[:0], v[:0]),
+        lambda q, k, v: (q.to_sparse(), k, v),
+        lambda q, k, v: (q.to("meta"), k.to("meta"), v.to("meta")),
+        lambda q, k, v: (torch.nn.Parameter(q), k, v),
+        lambda q, k, v: (q, None, v),
+        lambda q, k, v: (q.mT.contiguous().mT, k[..., 0:1].expand_as(k), v),
+    ],
+)
+def test_what_the_short_way_passes_on(change, large):
+    """Results, errors and their words are those of the long way."""
+    size = 600 if large else 3
+    q, k, v = change(*(torch.randn(2, 2, size, 64) for _ in range(3)))
+
+    def outcome(call):
+        try:
+            return call()
+        except Exception as e:
+            return type(e), str(e)
+
+    for call in (partial(attention, q, k, v), partial(scaled_dot_product_attention, q, k, v)):
+        short, long = outcome(call), outcome(partial(long_way, call))
+        if isinstance(short, torch.Tensor):
+            assert short.requires_grad == long.requires_grad and short.device == long.device
+            assert short.is_meta or torch.equal(short, long)
+        else:
+            assert short == long
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softcap": torch.tensor(1.0, requires_grad=True)},
+        {"dropout_p": "0"},
+        {"return_weights": None},
+        {"dropout_seed": 3},
+        {"max_seqlen_q": 3},
+        {"causal": "left"},
+        {"scale": "1"},
+        {"backend": "none"},
+    ],
+)
+def test_the_short_way_lets_no_wrong_option_pass(options):
+    q, k, v = (torch.randn(1, 2, 3, 8) for _ in range(3))
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        attention(q, k, v, **options)
 
 
 # the ops

@@ -342,12 +342,12 @@ def test_a_small_call_is_torchs(monkeypatch, L, S, D, causal, small):
     for bound, wanted in ((small, False), (small + 1, True)):
         bounds = dict.fromkeys(_attention_backends.Small._fields, 0.0 if not causal else 1e9) | {"keys": 2}
         set_to = _attention_backends.Small(**bounds | {field: bound})
-        monkeypatch.setattr(_attention_backends, "SMALL_FLOAT32", set_to)
-        assert _attention_backends.too_small(query, key, key, causal) == wanted
+        monkeypatch.setitem(_attention_backends.SMALL, torch.float32, set_to)
+        assert _attention_backends.too_small(query, key, causal) == wanted
     bounds = dict.fromkeys(_attention_backends.Small._fields, 0.0) | {"keys": 2}
-    monkeypatch.setattr(_attention_backends, "SMALL_FLOAT32", _attention_backends.Small(**bounds))
-    assert _attention_backends.too_small(query, key[:, :, :1], key[:, :, :1], causal)
-    assert not _attention_backends.too_small(query, key, key, causal)
+    monkeypatch.setitem(_attention_backends.SMALL, torch.float32, _attention_backends.Small(**bounds))
+    assert _attention_backends.too_small(query, key[:, :, :1], causal)
+    assert not _attention_backends.too_small(query, key, causal)
 
 
 @pytest.mark.parametrize(
@@ -356,9 +356,9 @@ def test_a_small_call_is_torchs(monkeypatch, L, S, D, causal, small):
 )
 def test_few_keys_of_many_queries_are_torchs(monkeypatch, L, S, torchs):
     bounds = dict.fromkeys(_attention_backends.Small._fields, 0) | {"short": 128}
-    monkeypatch.setattr(_attention_backends, "SMALL_FLOAT32", _attention_backends.Small(**bounds))
+    monkeypatch.setitem(_attention_backends.SMALL, torch.float32, _attention_backends.Small(**bounds))
     query, key = torch.zeros(1, 1, L, 64), torch.zeros(1, 1, S, 64)
-    assert _attention_backends.too_small(query, key, key, False) == torchs
+    assert _attention_backends.too_small(query, key, False) == torchs
 
 
 def test_package_is_light_and_works_without_its_binary():

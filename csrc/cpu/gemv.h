@@ -59,7 +59,8 @@ SK_INLINE void dot_chains(const S* const* rows, const Multiplied<E>* by, Vec<Sum
     for (long k = 0; k < whole; k += F::width) {
         SK_UNROLL
         for (int r = 0; r < T; ++r) {
-            const auto v = F::load(rows[r] + k);
+            auto v = F::load(rows[r] + k);
+            if constexpr (M > 1) asm("" : "+v"(v));  // else it is read anew for each of its products
             SK_UNROLL
             for (int m = 0; m < M; ++m) F::add(sums[m][r], v, F::load(by[m].x + k));
         }

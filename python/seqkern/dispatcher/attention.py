@@ -18,7 +18,7 @@ WORTH_A_GRADIENT = 80_000_000  # multiplications and additions of both products
 def _is_small(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
     if _backend.needs_grad((query, key, value)):
         return 4 * query.numel() * key.shape[-2] < WORTH_A_GRADIENT
-    return too_small(query, key, value, causal)
+    return too_small(query, key, causal)
 
 
 def _stays(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> str:

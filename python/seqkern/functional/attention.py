@@ -6,7 +6,7 @@ from torch import Tensor
 
 from seqkern.ops import _backend, _torchs_own
 from seqkern.ops import attention as _declares_the_ops  # noqa: F401
-from seqkern.ops._attention_backends import PLAIN, Wanted, too_small
+from seqkern.ops._attention_backends import CPU_DTYPES, CPU_READY, PLAIN, Wanted, too_small
 from seqkern.ops._checks_attention import (
     check_cu_seqlens,
     check_extras,
@@ -20,12 +20,15 @@ from seqkern.spec.attention import Options, Tensors
 __all__ = ["attention", "scaled_dot_product_attention"]
 
 _op = torch.ops.seqkern.attention.default
+_NUMBERS = (int, float)
 FAR = 2**30  # keys to a side: no sequence is so long, and kernels count them in 32 bits
 Window = int | tuple[int | None, int | None] | None
 
 
 def _diagonal(causal: bool | str, window: Window) -> tuple[int, int, bool]:
     """window_left, window_right and bottom_right of the op; -1 for no limit."""
+    if window is None and (causal is False or causal is True):
+        return -1, 0 if causal else -1, not causal
     if causal not in (False, True, "top-left", "bottom-right"):
         raise ValueError(
             f"attention: causal is {causal!r}, expected False, True, 'top-left' or 'bottom-right'"
@@ -74,6 +77,10 @@ def _run(name: str, t: Tensors, o: Options) -> tuple[Tensor, Tensor | None, Tens
         return spec.attention(*t, *o)
     if torch.compiler.is_compiling() or _backend.needs_grad(t) or _backend.in_transform():
         return _op(*t, *o)
+    return _below_autograd(t, o)
+
+
+def _below_autograd(t: Tensors, o: Options) -> tuple[Tensor, Tensor, Tensor]:
     with torch._C._AutoDispatchBelowAutograd():  # past a Python kernel, 15 us of a call's 50
         return _op(*t, *o)
 
@@ -140,6 +147,44 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(
         x.to(dtype) if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x for x in tensors
     )
+
+
+def _shortly(query, key, value, mask, causal: bool, scale: float | None, gqa: bool) -> Tensor | None:
+    """The output, as the long way would compute it, of a call on a CPU without options or gradients; None where that
+    must look. A decoding step can be so short that looking closely would double its time.
+    """
+    if _backend.special or torch.compiler.is_compiling():
+        return None
+    for x in (query, key, value):
+        plain = type(x) in PLAIN and x.is_cpu and x.dim() == 4 and not x.is_nested
+        if not plain or x.layout is not torch.strided or x.dtype is not query.dtype:
+            return None
+    if _backend.needs_grad((query, key, value, mask)) or _backend.in_transform():
+        return None
+    if query.dtype not in CPU_DTYPES or torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
+        return None
+    B, Hq, _, D = query.shape
+    _, Hkv, S, Dv = value.shape
+    if key.shape != (B, Hkv, S, D) or value.shape[0] != B or not (Hq and Hkv and D and Dv):
+        return None
+    if Hq % Hkv or not (gqa or Hq == Hkv):
+        return None
+    if too_small(query, key, causal):
+        return _torchs_own.call(
+            F.scaled_dot_product_attention,
+            query,
+            key,
+            value,
+            mask,
+            0.0,
+            causal,
+            scale=scale,
+            enable_gqa=Hq != Hkv,
+        )
+    if mask is not None or not CPU_READY:
+        return None
+    o = Options(D**-0.5 if scale is None else scale, window_right=0 if causal else -1)
+    return _below_autograd(Tensors(query, key, value), o)[0]
 
 
 def attention(
@@ -216,9 +261,24 @@ def attention(
     >>> attention(q, k, v, causal="bottom-right")[0, 0, :, 0]
     tensor([1.0000, 1.5000, 2.0000])
     """
-    left, right, bottom_right = _diagonal(causal, window)
     if isinstance(query, Tensor) and scale is None:
         scale = max(query.shape[-1] if query.dim() else 1, 1) ** -0.5
+    nothing_else = mask is bias is alibi_slopes is sinks is dropout_seed is window is backend is None
+    not_packed = cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None
+    if (
+        nothing_else
+        and not_packed
+        and causal in (False, True)
+        and type(softcap) in _NUMBERS
+        and type(dropout_p) in _NUMBERS
+        and softcap == dropout_p == 0
+        and return_lse is return_weights is False
+        and isinstance(scale, float)
+    ):
+        output = _shortly(query, key, value, None, bool(causal), scale, True)
+        if output is not None:
+            return output
+    left, right, bottom_right = _diagonal(causal, window)
     weights = return_weights if isinstance(return_weights, str) else ""
     o = Options(scale or 0.0, softcap or 0.0, dropout_p, left, right, bottom_right, weights=weights)
     if all(isinstance(x, Tensor) for x in (query, key, value)):
@@ -291,18 +351,6 @@ def _beyond(
     return ""
 
 
-def _passes(query, key, value, mask, causal: bool) -> bool:
-    """The short way to torch's kernel for calls so small that looking at them closely would double their time."""
-    if _backend.special or torch.compiler.is_compiling():
-        return False
-    for x in (query, key, value):
-        if not (type(x) in PLAIN and x.is_cpu and x.dim() == 4):
-            return False
-    return too_small(query, key, value, causal) and not (
-        _backend.needs_grad((query, key, value, mask)) or _backend.in_transform()
-    )
-
-
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -344,8 +392,10 @@ def scaled_dot_product_attention(
             F.scaled_dot_product_attention, *arguments, scale=scale, enable_gqa=enable_gqa
         )
 
-    if _passes(query, key, value, attn_mask, is_causal):
-        return by_torch()
+    if dropout_p == 0:
+        output = _shortly(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        if output is not None:
+            return output
     given = (query, key, value, *(() if attn_mask is None else (attn_mask,)))
     if not all(isinstance(x, Tensor) for x in given):
         return by_torch()

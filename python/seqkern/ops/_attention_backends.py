@@ -22,18 +22,24 @@ class Small(NamedTuple):
     causal: float  #: of causal calls, at most
     beyond: float  #: the same with keys that no query sees, of which torch's kernel leaves out none
     few: float  #: of 2 to 16 queries
-    one: float  #: keys and values of one query, in numbers
+    one: float  #: of one query: keys and values in numbers, those of a group counted for each of its queries
     keys: int = 2  #: fewer of them are copied rather than weighed
     short: int = 0  #: so many keys at most do not repay the packing of twice as many queries and more
 
 
-SMALL = Small(flop=1e7, narrow=1e7, causal=5e6, beyond=5e6, few=2e6, one=2e6)
-# In float32 with vectors of 32 bytes or fewer.
-SMALL_FLOAT32 = (
-    SMALL
-    if _library.is_wide()
-    else Small(flop=4.5e7, narrow=1e7, causal=2.5e7, beyond=5e6, few=1e7, one=4e6, short=128)
-)
+def _small_calls(wide: bool) -> dict[torch.dtype, Small]:
+    """The bounds of each dtype, by whether vectors have 64 bytes; measured, as docs/decisions.md tells."""
+    if wide:
+        every = Small(flop=1e7, narrow=1e7, causal=5e6, beyond=5e6, few=2e6, one=2e6)
+        return dict.fromkeys(CPU_DTYPES, every)
+    single = Small(flop=4.5e7, narrow=1e7, causal=2.5e7, beyond=5e6, few=1e7, one=1.5e6, short=128)
+    # torch computes them by plainer loops.
+    half = Small(flop=4e6, narrow=1e6, causal=4e6, beyond=4e6, few=2e6, one=2e5)
+    double = half._replace(few=1.5e6, one=7.5e5)
+    return {torch.float32: single, torch.float64: double, torch.bfloat16: half, torch.float16: half}
+
+
+SMALL = _small_calls(_library.is_wide())
 SHORTEST = 16  # keys: fewer leave torch's matmuls idle
 GPU_FLOP = 2e10  # 0.1 ms of a Hopper GPU, which a launch from Python must not be a large part of
 TRITON_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -80,14 +86,14 @@ def torch_declines(t: Tensors, wanted: Wanted) -> str | None:
     return None
 
 
-def too_small(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
+def too_small(query: Tensor, key: Tensor, causal: bool) -> bool:
     """Whether a call without a gradient is `Small`."""
     L, keys = query.shape[-2], key.shape[-2]
-    bounds = SMALL_FLOAT32 if query.dtype == torch.float32 else SMALL
-    if keys < bounds.keys:
+    bounds = SMALL.get(query.dtype)
+    if bounds is None or keys < bounds.keys:
         return True
     if L == 1:
-        return key.numel() + value.numel() < bounds.one
+        return 2 * query.numel() * keys < bounds.one
     if SHORTEST <= keys <= min(bounds.short, L // 2):
         return True
     most = bounds.flop if query.shape[-1] >= 32 else bounds.narrow
@@ -101,7 +107,7 @@ def too_small(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
 def torch_outruns(t: Tensors, wanted: Wanted) -> str | None:
     """Why torch's kernel is known to be faster on a CPU than ours, which then stand aside unless forced."""
     causal = wanted.options.window_right == 0
-    if torch.compiler.is_compiling() or t.cu_seqlens_q is not None or not too_small(*t[:3], causal):
+    if torch.compiler.is_compiling() or t.cu_seqlens_q is not None or not too_small(t.query, t.key, causal):
         return None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in t):
         return None  # a call overhead matters less there, and torch's kernel has no second derivative

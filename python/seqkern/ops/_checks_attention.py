@@ -15,8 +15,13 @@ _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, Tensor)  # a tensor of one
 
 def check_options(t: Tensors, o: Options, return_weights) -> None:
     """Numbers and words, and the tensors' dtypes and devices."""
-    for name, x in zip(Tensors._fields, t):
-        if not isinstance(x, Tensor) and (x is not None or name in ("query", "key", "value")):
+    given = [
+        each
+        for each in zip(Tensors._fields, t)
+        if each[1] is not None or each[0] in ("query", "key", "value")
+    ]
+    for name, x in given:
+        if not isinstance(x, Tensor):
             name = "dropout_seed" if name == "seed" else name
             raise TypeError(f"{NAME}: {name} is of type {type(x).__name__}, expected a tensor")
     for name in ("scale", "softcap", "dropout_p"):
@@ -33,9 +38,7 @@ def check_options(t: Tensors, o: Options, return_weights) -> None:
             f"{NAME}: query is {query.dtype}, expected a floating-point dtype of 16 bits or more; "
             "use .to(dtype)"
         )
-    for name, x in zip(Tensors._fields, t):
-        if x is None:
-            continue
+    for name, x in given:
         if x.device != query.device:
             raise RuntimeError(
                 f"{NAME}: query is on {query.device} and {name} on {x.device}, expected one device; "
