@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, Tensor)  # a tensor of one
 
 def check_options(t: Tensors, o: Options, return_weights) -> None:
     """Numbers and words, and the tensors' dtypes and devices."""
-    given = [
+    given: list[tuple[str, Any]] = [
         each
         for each in zip(Tensors._fields, t)
         if each[1] is not None or each[0] in ("query", "key", "value")
