@@ -8,10 +8,15 @@
 namespace seqkern {
 namespace SEQKERN_ISA {
 
-constexpr long FORWARD_CHUNK_ROWS = 128;                 // rows that amortise one pass over W_ih
-constexpr unsigned long FORWARD_CHUNK_BYTES = 1u << 20;  // of pre-activations, unless one step needs more
-constexpr long ROWS_WORTH_PACKING = 64;                  // with fewer, weights are read as they lie
-constexpr long PANELS_OF_A_ROW = 32;                     // 4 to 16 KB of pre-activations
+// What one pass over W_ih computes: rows that amortise it, and bytes of pre-activations, unless one step
+// needs more. With AVX2 a W_ih that no cache of a core holds serves more rows at a time.
+struct Chunk {
+    long rows, bytes;
+};
+constexpr Chunk FORWARD_CHUNK = {128, 1L << 20}, FORWARD_CHUNK_OF_FAR_WEIGHTS = {512, 4L << 20};
+constexpr long FAR_WEIGHTS = SEQKERN_VECTOR_BYTES == 32 ? 2L << 20 : __LONG_MAX__;  // bytes
+constexpr long ROWS_WORTH_PACKING = 64;  // with fewer, weights are read as they lie
+constexpr long PANELS_OF_A_ROW = 32;     // 4 to 16 KB of pre-activations
 // With AVX2 a tile of 128 steps spends a tenth of its time on its ends. Rows of a call, and steps of the
 // panels of both weights in 32 KB.
 constexpr long ROWS_AT_ONCE = 16, DEPTH_AT_ONCE = 512;
@@ -271,8 +276,10 @@ struct ForwardScan {
         Range blocks = share(s.blocks_h, g.member, g.members);
         const long width = max_of(1, g.rows_end - g.rows_begin);
         const long panels = max_of(1, (blocks.end - blocks.begin) * Sh::PANELS);
-        const long fitting = FORWARD_CHUNK_BYTES / (sizeof(A) * panels * W);
-        const long rows = min_of(width * c.T, max_of(width, min_of(fitting, FORWARD_CHUNK_ROWS)));
+        const bool far = s.H * G * c.I * static_cast<long>(sizeof(E)) >= FAR_WEIGHTS;
+        const Chunk chunk = far ? FORWARD_CHUNK_OF_FAR_WEIGHTS : FORWARD_CHUNK;
+        const long fitting = chunk.bytes / (static_cast<long>(sizeof(A)) * panels * W);
+        const long rows = min_of(width * c.T, max_of(width, min_of(fitting, chunk.rows)));
         const long room =
             max_of(panels * rows, s.blocks_h * Sh::PANELS * width);  // of one step, if left alone
         return {rows, room, arena.take<E>(rows * s.ld_i), arena.take<A>(room * W),
