@@ -351,14 +351,20 @@ def test_a_small_call_is_torchs(monkeypatch, L, S, D, causal, small):
 
 
 @pytest.mark.parametrize(
-    ("L", "S", "torchs"),
-    [(256, 128, True), (255, 128, False), (1000, 129, False), (32, 16, True), (1000, 15, False)],
+    ("batch", "heads", "L", "causal", "torchs"),
+    [
+        (1, 1, 17, False, True),
+        (1, 1, 16, False, False),  # few
+        (1, 1, 17, True, False),
+        (1, 2, 17, False, False),
+        (2, 1, 17, False, False),
+    ],
 )
-def test_few_keys_of_many_queries_are_torchs(monkeypatch, L, S, torchs):
-    bounds = dict.fromkeys(_attention_backends.Small._fields, 0) | {"short": 128}
+def test_a_single_head_has_a_bound_of_its_own(monkeypatch, batch, heads, L, causal, torchs):
+    bounds = dict.fromkeys(_attention_backends.Small._fields, 0) | {"alone": 1e9}
     monkeypatch.setitem(_attention_backends.SMALL, torch.float32, _attention_backends.Small(**bounds))
-    query, key = torch.zeros(1, 1, L, 64), torch.zeros(1, 1, S, 64)
-    assert _attention_backends.too_small(query, key, False) == torchs
+    query, key = torch.zeros(batch, heads, L, 64), torch.zeros(batch, heads, 20, 64)
+    assert _attention_backends.too_small(query, key, causal) == torchs
 
 
 def test_package_is_light_and_works_without_its_binary():

@@ -53,7 +53,7 @@ def off_again():
 def everything_is_worth_it(monkeypatch):
     """Small shapes stand for large ones."""
     monkeypatch.setattr(choice, "WORTH", dict.fromkeys(choice.WORTH, choice.Worth(0, 0, 0)))
-    nothing = _attention_backends.Small(0, 0, 0, 0, 0, 0, 0)
+    nothing = _attention_backends.Small(0, 0, 0, 0, 0, 0, keys=0)
     monkeypatch.setattr(_attention_backends, "SMALL", dict.fromkeys(_attention_backends.CPU_DTYPES, nothing))
     monkeypatch.setattr(sdpa, "WORTH_A_GRADIENT", 0)
     monkeypatch.setattr(fast_paths, "WORTH_A_LAYER", 0)

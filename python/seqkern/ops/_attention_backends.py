@@ -23,8 +23,8 @@ class Small(NamedTuple):
     beyond: float  #: the same with keys that no query sees, of which torch's kernel leaves out none
     few: float  #: of 2 to 16 queries
     one: float  #: of one query: keys and values in numbers, those of a group counted for each of its queries
+    alone: float = 0.0  #: of a single head with more than 16 queries, whose few panels threads share badly
     keys: int = 2  #: fewer of them are copied rather than weighed
-    short: int = 0  #: so many keys at most do not repay the packing of twice as many queries and more
 
 
 def _small_calls(wide: bool) -> dict[torch.dtype, Small]:
@@ -32,15 +32,14 @@ def _small_calls(wide: bool) -> dict[torch.dtype, Small]:
     if wide:
         every = Small(flop=1e7, narrow=1e7, causal=5e6, beyond=5e6, few=2e6, one=2e6)
         return dict.fromkeys(CPU_DTYPES, every)
-    single = Small(flop=4.5e7, narrow=1e7, causal=2.5e7, beyond=5e6, few=1e7, one=1.5e6, short=128)
+    single = Small(flop=1e7, narrow=1e7, causal=4e6, beyond=4e6, few=5e6, one=1.5e6, alone=3.2e7)
     # torch computes them by plainer loops.
-    half = Small(flop=4e6, narrow=1e6, causal=4e6, beyond=4e6, few=2e6, one=2e5)
+    half = Small(flop=4e6, narrow=1e6, causal=4e6, beyond=4e6, few=2e6, one=2e5, alone=8e6)
     double = half._replace(few=1.5e6, one=7.5e5)
     return {torch.float32: single, torch.float64: double, torch.bfloat16: half, torch.float16: half}
 
 
 SMALL = _small_calls(_library.is_wide())
-SHORTEST = 16  # keys: fewer leave torch's matmuls idle
 GPU_FLOP = 2e10  # 0.1 ms of a Hopper GPU, which a launch from Python must not be a large part of
 TRITON_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 LARGEST_HEAD = 256
@@ -88,17 +87,18 @@ def torch_declines(t: Tensors, wanted: Wanted) -> str | None:
 
 def too_small(query: Tensor, key: Tensor, causal: bool) -> bool:
     """Whether a call without a gradient is `Small`."""
-    L, keys = query.shape[-2], key.shape[-2]
+    L, D = query.shape[-2:]
+    keys = key.shape[-2]
     bounds = SMALL.get(query.dtype)
     if bounds is None or keys < bounds.keys:
         return True
     if L == 1:
         return 2 * query.numel() * keys < bounds.one
-    if SHORTEST <= keys <= min(bounds.short, L // 2):
-        return True
-    most = bounds.flop if query.shape[-1] >= 32 else bounds.narrow
+    most = bounds.flop if D >= 32 else bounds.narrow
     if L <= 16:
         most = bounds.few
+    elif query.numel() == L * D:
+        most = max(most, bounds.alone)
     if causal:
         most = min(most, bounds.beyond if keys > 2 * L else bounds.causal)
     return 4 * query.numel() * keys < most
@@ -111,7 +111,7 @@ def torch_outruns(t: Tensors, wanted: Wanted) -> str | None:
         return None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in t):
         return None  # a call overhead matters less there, and torch's kernel has no second derivative
-    return None if torch_declines(t, wanted) else "so small a call, or one of so few keys,"
+    return None if torch_declines(t, wanted) else "so small a call, or one of a single key,"
 
 
 def torch_outruns_on_gpu(t: Tensors, wanted: Wanted) -> str | None:
