@@ -80,9 +80,26 @@ constexpr double FLOP_WORTH_A_THREAD = 150e3;
 
 using Clock = std::chrono::steady_clock;
 
-// Until then, cores are taken to be held by other work, and no call may need a barrier in every step.
-std::atomic<Clock::rep> crowded_until{0};
-constexpr auto CROWDED_FOR = std::chrono::milliseconds(200);
+// `Crowd::lost` of this process, and until when no call may need a barrier in every step. Both in
+// nanoseconds.
+std::atomic<long> lost_waiting{0}, crowded_until{0};
+constexpr long CROWDED_FOR = 200'000'000;
+
+long now() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
+}
+
+// Adds up what the members of a call's groups lost. After a time alone one more turn of the scheduler is too
+// many.
+void settle(const Barrier* barriers, int threads) {
+    const long at = now();
+    const Barrier* worst = std::max_element(
+        barriers, barriers + threads, [](const Barrier& a, const Barrier& b) { return a.waited < b.waited; });
+    const bool left =
+        std::any_of(barriers, barriers + threads, [](const Barrier& b) { return b.alone_from; });
+    if (left) crowded_until = at + CROWDED_FOR;
+    lost_waiting = left ? Crowd::MOST * 3 / 4 : Crowd::lost(*worst, worst->waited, at);
+}
 
 int threads_worth(double flop) {
     return static_cast<int>(std::clamp(flop / FLOP_WORTH_A_THREAD, 1.0, static_cast<double>(max_threads())));
@@ -114,7 +131,7 @@ int threads_for(const Layer& c) {
     const double gates = c.cell == Cell::lstm ? 4 : c.cell == Cell::gru ? 3 : 1;
     const double flop = 2.0 * gates * c.H * (c.I + c.P) * c.N * c.D;
     double most = max_threads();
-    if (Clock::now().time_since_epoch().count() < crowded_until.load(std::memory_order_relaxed))
+    if (now() < crowded_until.load(std::memory_order_relaxed))
         most = std::min(most, static_cast<double>(c.D * std::max(1L, c.B / ROWS_WORTH_A_THREAD)));
     return static_cast<int>(std::clamp(flop / FLOP_WORTH_A_THREAD, 1.0, most));
 }
@@ -286,10 +303,10 @@ void run_team(int threads, void (*fn)(void*, const Team&), void* context) {
         fn(context, Team{0, 1, barriers, &failed});
     } else {
         auto barriers = std::make_unique<Barrier[]>(threads + 1);
+        for (int i = 0; i <= threads; ++i) barriers[i].since = now(), barriers[i].lost = lost_waiting;
 #pragma omp parallel num_threads(threads)
         fn(context, Team{omp_get_thread_num(), omp_get_num_threads(), barriers.get(), &failed});
-        if (std::any_of(&barriers[0], &barriers[threads], [](const Barrier& b) { return b.alone_from; }))
-            crowded_until = (Clock::now() + CROWDED_FOR).time_since_epoch().count();
+        settle(&barriers[0], threads);
     }
     if (failed) throw std::bad_alloc();
 }

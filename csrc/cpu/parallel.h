@@ -13,6 +13,12 @@ namespace seqkern {
 
 namespace SEQKERN_ISA {
 
+SK_INLINE long nanoseconds() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000L + now.tv_nsec;
+}
+
 // Spins for some microseconds, then yields, then sleeps: a thread that lost its core must not be waited for
 // at full heat. Returns the phase that it opened.
 SK_INLINE int barrier(Barrier* b, int threads) {
@@ -24,19 +30,21 @@ SK_INLINE int barrier(Barrier* b, int threads) {
         __atomic_store_n(&b->phase, phase + 1, __ATOMIC_RELEASE);
         return phase + 1;
     }
+    long since = 0;
     for (int spins = 0; __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE) == phase; ++spins) {
         if (spins < SPINS) {
 #if defined(__x86_64__)
             __builtin_ia32_pause();
 #endif
         } else if (spins < SPINS + YIELDS) {
-            if (spins == SPINS) __atomic_add_fetch(&b->long_waits, 1, __ATOMIC_RELAXED);
+            if (spins == SPINS) since = nanoseconds();
             sched_yield();
         } else {
             const timespec nap = {0, 50000};
             nanosleep(&nap, nullptr);
         }
     }
+    if (since) __atomic_add_fetch(&b->waited, (nanoseconds() - since) / (threads - 1), __ATOMIC_RELAXED);
     return phase + 1;
 }
 
@@ -113,13 +121,17 @@ SK_INLINE long row_boundary(const Layer& c, long part, long parts) {
     return c.B;
 }
 
-// The barrier that ends a step. Where the members often wait long, other work holds the cores, and each step
-// would cost a turn of the scheduler: then all but member 0 leave, and false tells them so.
+// Whether other work holds the cores so often that the members had better not meet in every step.
+SK_INLINE bool crowded(const Barrier* b) {
+    const long waited = __atomic_load_n(&b->waited, __ATOMIC_RELAXED);
+    return waited && Crowd::lost(*b, waited, nanoseconds()) > Crowd::MOST;
+}
+
+// The barrier that ends a step. Where each would cost a turn of the scheduler all but member 0 leave, and
+// false tells them so.
 SK_INLINE bool end_step(Barrier* b, const Group& g) {
-    constexpr int LONG_WAITS = 3;
     if (g.members == 1) return true;
-    if (g.member == 0 && !g.patient && !b->alone_from &&
-        __atomic_load_n(&b->long_waits, __ATOMIC_RELAXED) >= LONG_WAITS)
+    if (g.member == 0 && !g.patient && !b->alone_from && crowded(b))
         __atomic_store_n(&b->alone_from, __atomic_load_n(&b->phase, __ATOMIC_RELAXED) + 1, __ATOMIC_RELAXED);
     const int phase = barrier(b, g.members), from = __atomic_load_n(&b->alone_from, __ATOMIC_RELAXED);
     return !from || phase < from;
