@@ -149,18 +149,25 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _shortly(query, key, value, mask, causal: bool, scale: float | None, gqa: bool) -> Tensor | None:
+def _is_plain(query, key, value, mask=None) -> bool:
+    """Whether a call is of plain tensors of four dimensions on a CPU, without a gradient, and nobody looks on."""
+    if _backend.special or torch.compiler.is_compiling():
+        return False
+    for x in (query, key, value):
+        if not (type(x) in PLAIN and x.is_cpu and x.dim() == 4):
+            return False
+    return not (_backend.needs_grad((query, key, value, mask)) or _backend.in_transform())
+
+
+def _shortly(query, key, value, causal: bool, scale: float | None, gqa: bool) -> Tensor | None:
     """The output, as the long way would compute it, of a call on a CPU without options or gradients; None where that
     must look. A decoding step can be so short that looking closely would double its time.
     """
-    if _backend.special or torch.compiler.is_compiling():
+    if not _is_plain(query, key, value):
         return None
     for x in (query, key, value):
-        plain = type(x) in PLAIN and x.is_cpu and x.dim() == 4 and not x.is_nested
-        if not plain or x.layout is not torch.strided or x.dtype is not query.dtype:
+        if x.dtype is not query.dtype or x.layout is not torch.strided or x.is_nested:
             return None
-    if _backend.needs_grad((query, key, value, mask)) or _backend.in_transform():
-        return None
     if query.dtype not in CPU_DTYPES or torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
         return None
     B, Hq, _, D = query.shape
@@ -175,13 +182,13 @@ def _shortly(query, key, value, mask, causal: bool, scale: float | None, gqa: bo
             query,
             key,
             value,
-            mask,
+            None,
             0.0,
             causal,
             scale=scale,
             enable_gqa=Hq != Hkv,
         )
-    if mask is not None or not CPU_READY:
+    if not CPU_READY:
         return None
     o = Options(D**-0.5 if scale is None else scale, window_right=0 if causal else -1)
     return _below_autograd(Tensors(query, key, value), o)[0]
@@ -275,7 +282,7 @@ def attention(
         and return_lse is return_weights is False
         and isinstance(scale, float)
     ):
-        output = _shortly(query, key, value, None, bool(causal), scale, True)
+        output = _shortly(query, key, value, bool(causal), scale, True)
         if output is not None:
             return output
     left, right, bottom_right = _diagonal(causal, window)
@@ -392,8 +399,11 @@ def scaled_dot_product_attention(
             F.scaled_dot_product_attention, *arguments, scale=scale, enable_gqa=enable_gqa
         )
 
-    if dropout_p == 0:
-        output = _shortly(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    # torch's own errors need no look of ours.
+    if _is_plain(query, key, value, attn_mask) and too_small(query, key, is_causal):
+        return by_torch()
+    if attn_mask is None and dropout_p == 0:
+        output = _shortly(query, key, value, is_causal, scale, enable_gqa)
         if output is not None:
             return output
     given = (query, key, value, *(() if attn_mask is None else (attn_mask,)))

@@ -87,8 +87,7 @@ def torch_declines(t: Tensors, wanted: Wanted) -> str | None:
 
 def too_small(query: Tensor, key: Tensor, causal: bool) -> bool:
     """Whether a call without a gradient is `Small`."""
-    L, D = query.shape[-2:]
-    keys = key.shape[-2]
+    L, D, keys = query.size(-2), query.size(-1), key.size(-2)
     bounds = SMALL.get(query.dtype)
     if bounds is None or keys < bounds.keys:
         return True
