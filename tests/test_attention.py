@@ -131,6 +131,22 @@ def test_what_the_short_way_passes_on(change, large):
             assert short == long
 
 
+def test_autocast_comes_before_the_choice():
+    """What is small depends on the dtype that torch casts to."""
+    q, k, v = (torch.randn(1, 4, n, 64) for n in (1, 1000, 1000))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        call = partial(scaled_dot_product_attention, q, k, v)
+        assert torch.equal(call(), long_way(call))
+
+
+@pytest.mark.parametrize("dropout_p", [None, "0", [0.0], torch.zeros(2)])
+def test_what_is_no_probability_is_left_to_torch(dropout_p):
+    q, k, v = (torch.randn(1, 2, 3, 8) for _ in range(3))
+    for way in (lambda call: call(), long_way):
+        with pytest.raises(TypeError, match="dropout_p"):
+            way(partial(scaled_dot_product_attention, q, k, v, None, dropout_p))
+
+
 @pytest.mark.parametrize("size", [3, 600])
 def test_keys_and_values_of_two_lengths(size):
     """torch's own kernel reads past the end of the shorter."""

@@ -80,7 +80,7 @@ constexpr double FLOP_WORTH_A_THREAD = 150e3;
 
 using Clock = std::chrono::steady_clock;
 
-// `Crowd::lost` of this process, and until when no call may need a barrier in every step. Both in
+// `Barrier::lost` of this process, and until when no call may need a barrier in every step. Both in
 // nanoseconds.
 std::atomic<long> lost_waiting{0}, crowded_until{0};
 constexpr long CROWDED_FOR = 200'000'000;
@@ -89,16 +89,19 @@ long now() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
 }
 
-// Adds up what the members of a call's groups lost. After a time alone one more turn of the scheduler is too
-// many.
-void settle(const Barrier* barriers, int threads) {
-    const long at = now();
-    const Barrier* worst = std::max_element(
-        barriers, barriers + threads, [](const Barrier& a, const Barrier& b) { return a.waited < b.waited; });
-    const bool left =
-        std::any_of(barriers, barriers + threads, [](const Barrier& b) { return b.alone_from; });
-    if (left) crowded_until = at + CROWDED_FOR;
-    lost_waiting = left ? Crowd::MOST * 3 / 4 : Crowd::lost(*worst, worst->waited, at);
+// What the groups of a call that met in every step lost. After a time alone half of a crowd is enough.
+void settle(Barrier* barriers, int threads) {
+    long most = 0;
+    bool met = false;
+    for (int i = 0; i < threads; ++i) {
+        Barrier& b = barriers[i];
+        if (!b.phase) continue;
+        met = true;
+        b.settle(b.waited, now());
+        if (b.alone_from) crowded_until = now() + CROWDED_FOR;
+        most = std::max(most, b.alone_from ? Barrier::CROWD / 2 : std::min(b.lost, Barrier::CROWD));
+    }
+    if (met) lost_waiting = most;
 }
 
 int threads_worth(double flop) {

@@ -60,7 +60,9 @@ SK_INLINE void dot_chains(const S* const* rows, const Multiplied<E>* by, Vec<Sum
         SK_UNROLL
         for (int r = 0; r < T; ++r) {
             auto v = F::load(rows[r] + k);
+#if defined(__x86_64__)
             if constexpr (M > 1) asm("" : "+v"(v));  // else it is read anew for each of its products
+#endif
             SK_UNROLL
             for (int m = 0; m < M; ++m) F::add(sums[m][r], v, F::load(by[m].x + k));
         }

@@ -20,8 +20,9 @@ SK_INLINE long nanoseconds() {
 }
 
 // Spins for some microseconds, then yields, then sleeps: a thread that lost its core must not be waited for
-// at full heat. Returns the phase that it opened.
-SK_INLINE int barrier(Barrier* b, int threads) {
+// at full heat. Returns the phase that it opened. counted: what a long wait takes is another's turn on a
+// core, and not work that was shared out unevenly.
+SK_INLINE int barrier(Barrier* b, int threads, bool counted = false) {
     constexpr int SPINS = 4000, YIELDS = 200;
     if (threads == 1) return 0;
     const int phase = __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE);
@@ -44,7 +45,8 @@ SK_INLINE int barrier(Barrier* b, int threads) {
             nanosleep(&nap, nullptr);
         }
     }
-    if (since) __atomic_add_fetch(&b->waited, (nanoseconds() - since) / (threads - 1), __ATOMIC_RELAXED);
+    if (since && counted)
+        __atomic_add_fetch(&b->waited, (nanoseconds() - since) / (threads - 1), __ATOMIC_RELAXED);
     return phase + 1;
 }
 
@@ -121,19 +123,22 @@ SK_INLINE long row_boundary(const Layer& c, long part, long parts) {
     return c.B;
 }
 
-// Whether other work holds the cores so often that the members had better not meet in every step.
-SK_INLINE bool crowded(const Barrier* b) {
-    const long waited = __atomic_load_n(&b->waited, __ATOMIC_RELAXED);
-    return waited && Crowd::lost(*b, waited, nanoseconds()) > Crowd::MOST;
+// Whether other work holds the cores so often that the members had better not meet in every step. Member 0
+// asks.
+SK_INLINE bool crowded(Barrier* b) {
+    const long waited = __atomic_exchange_n(&b->waited, 0, __ATOMIC_RELAXED);
+    if (waited) b->settle(waited, nanoseconds());
+    return b->lost > Barrier::CROWD;
 }
 
 // The barrier that ends a step. Where each would cost a turn of the scheduler all but member 0 leave, and
 // false tells them so.
-SK_INLINE bool end_step(Barrier* b, const Group& g) {
+SK_INLINE bool end_step(Barrier* b, const Group& g, bool counted = true) {
     if (g.members == 1) return true;
     if (g.member == 0 && !g.patient && !b->alone_from && crowded(b))
         __atomic_store_n(&b->alone_from, __atomic_load_n(&b->phase, __ATOMIC_RELAXED) + 1, __ATOMIC_RELAXED);
-    const int phase = barrier(b, g.members), from = __atomic_load_n(&b->alone_from, __ATOMIC_RELAXED);
+    const int phase = barrier(b, g.members, counted && !g.patient);
+    const int from = __atomic_load_n(&b->alone_from, __ATOMIC_RELAXED);
     return !from || phase < from;
 }
 

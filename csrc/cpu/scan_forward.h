@@ -317,10 +317,11 @@ struct ForwardScan {
                                          chunk_rows * W, false);
             }
             at = 0;
+            const long first = step;
             for (bool together = true; together && step < end; ++step) {
                 long t = time_of(dir, step), m = active_in(c, t, g);
                 together = one_step(g, step, t, m, p0, panels, buf, buf.input + at * s.ld_i, buf.x + at * W,
-                                    chunk_rows * W, out_blocks, projected, joint);
+                                    chunk_rows * W, out_blocks, projected, joint, step > first);
                 long next = step + 1 < c.T ? active_in(c, time_of(dir, step + 1), g) : 0;
                 finish_rows(g, step, next, m, blocks, out_blocks);
                 at += m;
@@ -338,9 +339,11 @@ struct ForwardScan {
 
     long time_of(long dir, long step) const { return dir ? c.T - 1 - step : step; }
 
-    // False: the members part after this step.
+    // False: the members part after this step. counted: nothing uneven, as the inputs' matmul, came before
+    // it.
     bool one_step(const Group& g, long step, long t, long m, long p0, long panels, const Buffers& buf,
-                  const E* x_rows, A* x, long x_stride, Range out_blocks, bool projected, Barrier* joint) {
+                  const E* x_rows, A* x, long x_stride, Range out_blocks, bool projected, Barrier* joint,
+                  bool counted) {
         const long dir = g.direction, row0 = c.row_start[t] + g.rows_begin;
         const E* h_prev = d[dir].h[step & 1];
         E* h_next = d[dir].h[(step + 1) & 1];
@@ -375,7 +378,7 @@ struct ForwardScan {
             }
         }
         if (projected) {
-            barrier(joint, g.members);
+            barrier(joint, g.members, counted && !g.patient);
             const E* full = d[dir].h_full + g.rows_begin * s.ld_h;
             for (long p = out_blocks.begin; m > 0 && p < out_blocks.end; ++p) {
                 E* h = h_next + g.rows_begin * s.ld_p + p * 2 * n;
@@ -402,7 +405,7 @@ struct ForwardScan {
                     }
             }
         }
-        return end_step(joint, g);
+        return end_step(joint, g, counted);
     }
 
     // Rows [next, m) of the group end with this step: their state is final.

@@ -4,24 +4,23 @@
 
 namespace seqkern {
 
+// Threads that meet in every step need all their cores at once. What they lose by waiting for a core, less
+// what they gain, adds up over the calls of a process; beyond CROWD the cores are held to be others'. One
+// turn of the scheduler, some milliseconds, is soon made up for.
 struct alignas(64) Barrier {
+    static constexpr long CROWD = 20'000'000, GAIN = 4;  // nanoseconds; time over what meeting gains in it
+
     int waiting = 0;
     int phase = 0;
     int alone_from = 0;  // the phase from which member 0 does all the work; 0: never
     int done = 0;        // member 0 has done it
-    long waited = 0;     // a member's nanoseconds in waits longer than an idle core needs
-    long since = 0;      // when the call began, by the monotonic clock
-    long lost = 0;       // `Crowd::lost` then
-};
+    long waited = 0;     // a member's nanoseconds in long waits, since they were last added up
+    long since = 0;      // when that was, by the monotonic clock
+    long lost = 0;       // the sum
 
-// Two threads that meet in every step need both cores at once. What they lose by waiting, less what they
-// gain, adds up over the calls of a process; beyond `MOST` the cores are held to be others'. One turn of the
-// scheduler, some milliseconds, is soon made up for.
-struct Crowd {
-    static constexpr long MOST = 10'000'000, GAIN = 4;  // nanoseconds; a call's time over what meeting gains
-    static inline __attribute__((always_inline)) long lost(const Barrier& b, long waited, long now) {
-        const long sum = b.lost + waited - (now - b.since) / GAIN;
-        return sum < 0 ? 0 : sum;
+    inline __attribute__((always_inline)) void settle(long wait, long now) {
+        const long sum = lost + wait - (now - since) / GAIN;
+        lost = sum < 0 ? 0 : sum, since = now;
     }
 };
 

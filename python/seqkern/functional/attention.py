@@ -150,8 +150,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _is_plain(query, key, value, mask=None) -> bool:
-    """Whether a call is of plain tensors of four dimensions on a CPU, without a gradient, and nobody looks on."""
-    if _backend.special or torch.compiler.is_compiling():
+    """Whether a call is of plain tensors of rank 4 on a CPU, without a gradient, and nobody looks on or casts."""
+    if _backend.special or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
         return False
     for x in (query, key, value):
         if not (type(x) in PLAIN and x.is_cpu and x.dim() == 4):
@@ -168,7 +168,7 @@ def _shortly(query, key, value, causal: bool, scale: float | None, gqa: bool) ->
     for x in (query, key, value):
         if x.dtype is not query.dtype or x.layout is not torch.strided or x.is_nested:
             return None
-    if query.dtype not in CPU_DTYPES or torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
+    if query.dtype not in CPU_DTYPES:
         return None
     B, Hq, _, D = query.shape
     _, Hkv, S, Dv = value.shape
@@ -329,7 +329,7 @@ def _beyond(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, gqa: bool, dropout_p: float
 ) -> str:
     """Why only torch's kernel knows what to do with these arguments, which may be to raise; empty if they are plain."""
-    if q.is_nested or k.is_nested or v.is_nested:
+    if any(x is not None and x.is_nested for x in (q, k, v, mask)):
         return "a tensor is nested"
     if any(x.layout != torch.strided for x in (q, k, v)):
         return "a tensor is not strided"
@@ -353,7 +353,7 @@ def _beyond(
             return "the mask has a dtype or rank of its own"
         if any(n not in (1, m) for n, m in zip(reversed(mask.shape), reversed(full))):
             return "the mask does not broadcast"
-    if not 0 <= dropout_p <= 1:
+    if not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
         return "dropout_p is not a probability"
     return ""
 
@@ -402,7 +402,7 @@ def scaled_dot_product_attention(
     # torch's own errors need no look of ours.
     if _is_plain(query, key, value, attn_mask) and too_small(query, key, is_causal):
         return by_torch()
-    if attn_mask is None and dropout_p == 0:
+    if attn_mask is None and type(dropout_p) in _NUMBERS and dropout_p == 0:
         output = _shortly(query, key, value, is_causal, scale, enable_gqa)
         if output is not None:
             return output
