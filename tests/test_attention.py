@@ -131,6 +131,16 @@ def test_what_the_short_way_passes_on(change, large):
             assert short == long
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@torch.no_grad
+def test_nested_tensors_are_torchs():
+    x = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (3, 5)]).transpose(1, 2)
+    for got, want in zip(
+        *(f(x, x, x).unbind() for f in (scaled_dot_product_attention, F.scaled_dot_product_attention))
+    ):
+        assert torch.equal(got, want)
+
+
 def test_autocast_comes_before_the_choice():
     """What is small depends on the dtype that torch casts to."""
     q, k, v = (torch.randn(1, 4, n, 64) for n in (1, 1000, 1000))

@@ -154,7 +154,7 @@ def _is_plain(query, key, value, mask=None) -> bool:
     if _backend.special or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
         return False
     for x in (query, key, value):
-        if not (type(x) in PLAIN and x.is_cpu and x.dim() == 4):
+        if not (type(x) in PLAIN and x.is_cpu and x.dim() == 4 and not x.is_nested):
             return False
     return not (_backend.needs_grad((query, key, value, mask)) or _backend.in_transform())
 
@@ -166,7 +166,7 @@ def _shortly(query, key, value, causal: bool, scale: float | None, gqa: bool) ->
     if not _is_plain(query, key, value):
         return None
     for x in (query, key, value):
-        if x.dtype is not query.dtype or x.layout is not torch.strided or x.is_nested:
+        if x.dtype is not query.dtype or x.layout is not torch.strided:
             return None
     if query.dtype not in CPU_DTYPES:
         return None
