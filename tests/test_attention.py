@@ -135,10 +135,15 @@ def test_what_the_short_way_passes_on(change, large):
 @torch.no_grad
 def test_nested_tensors_are_torchs():
     x = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (3, 5)]).transpose(1, 2)
-    for got, want in zip(
-        *(f(x, x, x).unbind() for f in (scaled_dot_product_attention, F.scaled_dot_product_attention))
-    ):
-        assert torch.equal(got, want)
+    said = []
+    for f in (scaled_dot_product_attention, F.scaled_dot_product_attention):
+        with pytest.raises(RuntimeError) as caught:
+            f(x, x, x)  # not contiguous, which torch wants of them
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    x = torch.nested.nested_tensor([torch.randn(2, n, 8) for n in (3, 5)])
+    parts = (f(x, x, x).unbind() for f in (scaled_dot_product_attention, F.scaled_dot_product_attention))
+    assert all(torch.equal(got, want) for got, want in zip(*parts))
 
 
 def test_autocast_comes_before_the_choice():
