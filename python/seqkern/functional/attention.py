@@ -27,8 +27,6 @@ Window = int | tuple[int | None, int | None] | None
 
 def _diagonal(causal: bool | str, window: Window) -> tuple[int, int, bool]:
     """window_left, window_right and bottom_right of the op; -1 for no limit."""
-    if window is None and (causal is False or causal is True):
-        return -1, 0 if causal else -1, not causal
     if causal not in (False, True, "top-left", "bottom-right"):
         raise ValueError(
             f"attention: causal is {causal!r}, expected False, True, 'top-left' or 'bottom-right'"
@@ -159,39 +157,16 @@ def _is_plain(query, key, value, mask=None) -> bool:
     return not (_backend.needs_grad((query, key, value, mask)) or _backend.in_transform())
 
 
-def _shortly(query, key, value, causal: bool, scale: float | None, gqa: bool) -> Tensor | None:
-    """The output, as the long way would compute it, of a call on a CPU without options or gradients; None where that
-    must look. A decoding step can be so short that looking closely would double its time.
-    """
-    if not _is_plain(query, key, value):
-        return None
+def _agree(query, key, value, gqa: bool) -> bool:
+    """Whether plain tensors are of one dtype and sizes that the compiled kernels take."""
     for x in (query, key, value):
         if x.dtype is not query.dtype or x.layout is not torch.strided:
-            return None
-    if query.dtype not in CPU_DTYPES:
-        return None
+            return False
     B, Hq, _, D = query.shape
     _, Hkv, S, Dv = value.shape
     if key.shape != (B, Hkv, S, D) or value.shape[0] != B or not (Hq and Hkv and D and Dv):
-        return None
-    if Hq % Hkv or not (gqa or Hq == Hkv):
-        return None
-    if too_small(query, key, causal):
-        return _torchs_own.call(
-            F.scaled_dot_product_attention,
-            query,
-            key,
-            value,
-            None,
-            0.0,
-            causal,
-            scale=scale,
-            enable_gqa=Hq != Hkv,
-        )
-    if not CPU_READY:
-        return None
-    o = Options(D**-0.5 if scale is None else scale, window_right=0 if causal else -1)
-    return _below_autograd(Tensors(query, key, value), o)[0]
+        return False
+    return query.dtype in CPU_DTYPES and Hq % Hkv == 0 and (gqa or Hq == Hkv)
 
 
 def attention(
@@ -281,10 +256,14 @@ def attention(
         and softcap == dropout_p == 0
         and return_lse is return_weights is False
         and isinstance(scale, float)
-    ):
-        output = _shortly(query, key, value, bool(causal), scale, True)
-        if output is not None:
-            return output
+        and _is_plain(query, key, value)
+        and _agree(query, key, value, True)
+    ):  # a decoding step can be so short that looking more closely would double its time
+        t, o = Tensors(query, key, value), Options(scale, window_right=0 if causal else -1)
+        if too_small(query, key, bool(causal)):
+            return _torch(t, o)
+        if CPU_READY:
+            return _below_autograd(t, o)[0]
     left, right, bottom_right = _diagonal(causal, window)
     weights = return_weights if isinstance(return_weights, str) else ""
     o = Options(scale or 0.0, softcap or 0.0, dropout_p, left, right, bottom_right, weights=weights)
@@ -399,13 +378,14 @@ def scaled_dot_product_attention(
             F.scaled_dot_product_attention, *arguments, scale=scale, enable_gqa=enable_gqa
         )
 
-    # torch's own errors need no look of ours.
-    if _is_plain(query, key, value, attn_mask) and too_small(query, key, is_causal):
-        return by_torch()
-    if attn_mask is None and type(dropout_p) in _NUMBERS and dropout_p == 0:
-        output = _shortly(query, key, value, is_causal, scale, enable_gqa)
-        if output is not None:
-            return output
+    if _is_plain(query, key, value, attn_mask):
+        if too_small(query, key, is_causal):  # torch's own errors need no look of ours
+            return by_torch()
+        plain = CPU_READY and attn_mask is None and type(dropout_p) in _NUMBERS and dropout_p == 0
+        if plain and _agree(query, key, value, enable_gqa):
+            factor = query.shape[-1] ** -0.5 if scale is None else scale
+            o = Options(factor, window_right=0 if is_causal else -1)
+            return _below_autograd(Tensors(query, key, value), o)[0]
     given = (query, key, value, *(() if attn_mask is None else (attn_mask,)))
     if not all(isinstance(x, Tensor) for x in given):
         return by_torch()

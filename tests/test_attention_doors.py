@@ -1,0 +1,139 @@
+"""The short way of attention without options, on a CPU and without a gradient, through both doors."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seqkern.functional import attention, scaled_dot_product_attention
+from seqkern.ops import _backend
+
+
+def long_way(call):
+    with _backend.watch():  # which closes the short one
+        return call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("query", "key", "size"),
+    [
+        ((1, 2, 3, 8), (1, 2, 5, 8), 8),  # small: torch's
+        ((2, 8, 1, 64), (2, 8, 3000, 64), 64),
+        ((2, 8, 1, 64), (2, 2, 3000, 64), 48),
+        ((1, 4, 300, 64), (1, 4, 500, 64), 64),
+    ],
+)
+def test_the_short_way_is_the_long_one(query, key, size, dtype):
+    q, k, v = (torch.randn(shape).to(dtype) for shape in (query, key, (*key[:3], size)))
+    for causal, scale in ((False, None), (True, 0.3)):
+        for call in (
+            partial(attention, q, k, v, causal=causal, scale=scale),
+            partial(scaled_dot_product_attention, q, k, v, None, 0.0, causal, scale, enable_gqa=True),
+        ):
+            assert torch.equal(call(), long_way(call))
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: (q, k[:, :1], v),
+        lambda q, k, v: (q, k[..., :4], v),
+        lambda q, k, v: (q[:, :3], k, v),
+        lambda q, k, v: (q[:1], k, v),
+        lambda q, k, v: (q, k, v.double()),
+        lambda q, k, v: (q.half(), k, v),
+        lambda q, k, v: (q.long(), k.long(), v.long()),
+        lambda q, k, v: (q[0], k[0], v[0]),
+        lambda q, k, v: (q[:, :0], k, v),
+        lambda q, k, v: (q, k[:, :0], v[:, :0]),
+        lambda q, k, v: (q[..., :0], k[..., :0], v),
+        lambda q, k, v: (q, k, v[..., :0]),
+        lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]),
+        lambda q, k, v: (q[:, :, :0], k, v),
+        lambda q, k, v: (q[:0], k[:0], v[:0]),
+        lambda q, k, v: (q.to_sparse(), k, v),
+        lambda q, k, v: (q.to("meta"), k.to("meta"), v.to("meta")),
+        lambda q, k, v: (torch.nn.Parameter(q), k, v),
+        lambda q, k, v: (q, None, v),
+        lambda q, k, v: (q.mT.contiguous().mT, k[..., 0:1].expand_as(k), v),
+    ],
+)
+def test_what_the_short_way_passes_on(change, large):
+    """Results, errors and their words are those of the long way."""
+    size = 600 if large else 3
+    q, k, v = change(*(torch.randn(2, 2, size, 64) for _ in range(3)))
+
+    def outcome(call):
+        try:
+            return call()
+        except Exception as e:
+            return type(e), str(e)
+
+    for call in (partial(attention, q, k, v), partial(scaled_dot_product_attention, q, k, v)):
+        short, long = outcome(call), outcome(partial(long_way, call))
+        if isinstance(short, torch.Tensor):
+            assert short.requires_grad == long.requires_grad and short.device == long.device
+            assert short.is_meta or torch.equal(short, long)
+        else:
+            assert short == long
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@torch.no_grad
+def test_nested_tensors_are_torchs():
+    x = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (3, 5)]).transpose(1, 2)
+    said = []
+    for f in (scaled_dot_product_attention, F.scaled_dot_product_attention):
+        with pytest.raises(RuntimeError) as caught:
+            f(x, x, x)  # not contiguous, which torch wants of them
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    x = torch.nested.nested_tensor([torch.randn(2, n, 8) for n in (3, 5)])
+    parts = (f(x, x, x).unbind() for f in (scaled_dot_product_attention, F.scaled_dot_product_attention))
+    assert all(torch.equal(got, want) for got, want in zip(*parts))
+
+
+def test_autocast_comes_before_the_choice():
+    """What is small depends on the dtype that torch casts to."""
+    q, k, v = (torch.randn(1, 4, n, 64) for n in (1, 1000, 1000))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        call = partial(scaled_dot_product_attention, q, k, v)
+        assert torch.equal(call(), long_way(call))
+
+
+@pytest.mark.parametrize("dropout_p", [None, "0", [0.0], torch.zeros(2)])
+def test_what_is_no_probability_is_left_to_torch(dropout_p):
+    q, k, v = (torch.randn(1, 2, 3, 8) for _ in range(3))
+    for way in (lambda call: call(), long_way):
+        with pytest.raises(TypeError, match="dropout_p"):
+            way(partial(scaled_dot_product_attention, q, k, v, None, dropout_p))
+
+
+@pytest.mark.parametrize("size", [3, 600])
+def test_keys_and_values_of_two_lengths(size):
+    """torch's own kernel reads past the end of the shorter."""
+    q, k, v = (torch.randn(2, 2, size, 64) for _ in range(3))
+    with pytest.raises(RuntimeError, match="all sizes but the last to agree"):
+        attention(q, k[:, :, 1:], v)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softcap": torch.tensor(1.0, requires_grad=True)},
+        {"dropout_p": "0"},
+        {"return_weights": None},
+        {"dropout_seed": 3},
+        {"max_seqlen_q": 3},
+        {"causal": "left"},
+        {"scale": "1"},
+        {"backend": "none"},
+    ],
+)
+def test_the_short_way_lets_no_wrong_option_pass(options):
+    q, k, v = (torch.randn(1, 2, 3, 8) for _ in range(3))
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        attention(q, k, v, **options)
