@@ -85,20 +85,17 @@ using Clock = std::chrono::steady_clock;
 std::atomic<long> lost_waiting{0}, crowded_until{0};
 constexpr long CROWDED_FOR = 200'000'000;
 
-long now() {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
-}
-
 // What the groups of a call that met in every step lost. After a time alone half of a crowd is enough.
 void settle(Barrier* barriers, int threads) {
+    const long now = nanoseconds();
     long most = 0;
     bool met = false;
     for (int i = 0; i < threads; ++i) {
         Barrier& b = barriers[i];
         if (!b.phase) continue;
         met = true;
-        b.settle(b.waited, now());
-        if (b.alone_from) crowded_until = now() + CROWDED_FOR;
+        b.settle(b.waited, now);
+        if (b.alone_from) crowded_until = now + CROWDED_FOR;
         most = std::max(most, b.alone_from ? Barrier::CROWD / 2 : std::min(b.lost, Barrier::CROWD));
     }
     if (met) lost_waiting = most;
@@ -134,7 +131,7 @@ int threads_for(const Layer& c) {
     const double gates = c.cell == Cell::lstm ? 4 : c.cell == Cell::gru ? 3 : 1;
     const double flop = 2.0 * gates * c.H * (c.I + c.P) * c.N * c.D;
     double most = max_threads();
-    if (now() < crowded_until.load(std::memory_order_relaxed))
+    if (nanoseconds() < crowded_until.load(std::memory_order_relaxed))
         most = std::min(most, static_cast<double>(c.D * std::max(1L, c.B / ROWS_WORTH_A_THREAD)));
     return static_cast<int>(std::clamp(flop / FLOP_WORTH_A_THREAD, 1.0, most));
 }
@@ -306,7 +303,8 @@ void run_team(int threads, void (*fn)(void*, const Team&), void* context) {
         fn(context, Team{0, 1, barriers, &failed});
     } else {
         auto barriers = std::make_unique<Barrier[]>(threads + 1);
-        for (int i = 0; i <= threads; ++i) barriers[i].since = now(), barriers[i].lost = lost_waiting;
+        const long now = nanoseconds(), lost = lost_waiting;
+        for (int i = 0; i <= threads; ++i) barriers[i].since = now, barriers[i].lost = lost;
 #pragma omp parallel num_threads(threads)
         fn(context, Team{omp_get_thread_num(), omp_get_num_threads(), barriers.get(), &failed});
         settle(&barriers[0], threads);

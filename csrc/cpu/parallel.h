@@ -13,12 +13,6 @@ namespace seqkern {
 
 namespace SEQKERN_ISA {
 
-SK_INLINE long nanoseconds() {
-    timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000L + now.tv_nsec;
-}
-
 // Spins for some microseconds, then yields, then sleeps: a thread that lost its core must not be waited for
 // at full heat. Returns the phase that it opened. counted: what a long wait takes is another's turn on a
 // core, and not work that was shared out unevenly.
@@ -131,14 +125,18 @@ SK_INLINE bool crowded(Barrier* b) {
     return b->lost > Barrier::CROWD;
 }
 
+// A barrier of a step.
+SK_INLINE int meet(Barrier* b, const Group& g, bool counted = true) {
+    return barrier(b, g.members, counted && !g.patient);
+}
+
 // The barrier that ends a step. Where each would cost a turn of the scheduler all but member 0 leave, and
 // false tells them so.
 SK_INLINE bool end_step(Barrier* b, const Group& g, bool counted = true) {
     if (g.members == 1) return true;
     if (g.member == 0 && !g.patient && !b->alone_from && crowded(b))
         __atomic_store_n(&b->alone_from, __atomic_load_n(&b->phase, __ATOMIC_RELAXED) + 1, __ATOMIC_RELAXED);
-    const int phase = barrier(b, g.members, counted && !g.patient);
-    const int from = __atomic_load_n(&b->alone_from, __ATOMIC_RELAXED);
+    const int phase = meet(b, g, counted), from = __atomic_load_n(&b->alone_from, __ATOMIC_RELAXED);
     return !from || phase < from;
 }
 

@@ -258,12 +258,12 @@ struct BackwardScan {
                     for (long j = outs.begin * PW; j < min_of(c.P, outs.end * PW); j += n)
                         store_n<A>(d[i].dh + (at + b) * s.ld_p + j, incoming(i, g.rows_begin + b, row + b, j),
                                    c.P - j);
-                barrier(joint, g.members, !g.patient);
+                meet(joint, g);
                 multiply(m, d[i].dh + at * s.ld_p, s.ld_p, d[i].w_hr, units.begin, units.end - units.begin, 0,
                          c.P, buf.pre, PW, m * PW, false);
             }
             cell_rows(i, g.rows_begin, t, m, units, at, buf.pre);
-            barrier(joint, g.members, !g.patient);
+            meet(joint, g);
             multiply(m, r_gates(i) + at * ld_gates, ld_gates, d[i].w_hh, first_out, panels, 0, K,
                      d[i].carry + g.rows_begin * s.ld_p + first_out * PW, s.ld_p, PW, CellT::APART);
             end_step(joint, g);

@@ -10,10 +10,10 @@ namespace SEQKERN_ISA {
 
 // What one pass over W_ih computes: rows that amortise it, and bytes of pre-activations, unless one step
 // needs more. With AVX2 a W_ih that no cache of a core holds serves more rows at a time.
-struct Chunk {
+struct ForwardChunk {
     long rows, bytes;
 };
-constexpr Chunk FORWARD_CHUNK = {128, 1L << 20}, FORWARD_CHUNK_OF_FAR_WEIGHTS = {512, 4L << 20};
+constexpr ForwardChunk FORWARD_CHUNK = {128, 1L << 20}, FORWARD_CHUNK_OF_FAR_WEIGHTS = {512, 4L << 20};
 constexpr long FAR_WEIGHTS = SEQKERN_VECTOR_BYTES == 32 ? 2L << 20 : __LONG_MAX__;  // bytes
 constexpr long ROWS_WORTH_PACKING = 64;  // with fewer, weights are read as they lie
 constexpr long PANELS_OF_A_ROW = 32;     // 4 to 16 KB of pre-activations
@@ -277,7 +277,7 @@ struct ForwardScan {
         const long width = max_of(1, g.rows_end - g.rows_begin);
         const long panels = max_of(1, (blocks.end - blocks.begin) * Sh::PANELS);
         const bool far = s.H * G * c.I * static_cast<long>(sizeof(E)) >= FAR_WEIGHTS;
-        const Chunk chunk = far ? FORWARD_CHUNK_OF_FAR_WEIGHTS : FORWARD_CHUNK;
+        const ForwardChunk chunk = far ? FORWARD_CHUNK_OF_FAR_WEIGHTS : FORWARD_CHUNK;
         const long fitting = chunk.bytes / (static_cast<long>(sizeof(A)) * panels * W);
         const long rows = min_of(width * c.T, max_of(width, min_of(fitting, chunk.rows)));
         const long room =
@@ -378,7 +378,7 @@ struct ForwardScan {
             }
         }
         if (projected) {
-            barrier(joint, g.members, counted && !g.patient);
+            meet(joint, g, counted);
             const E* full = d[dir].h_full + g.rows_begin * s.ld_h;
             for (long p = out_blocks.begin; m > 0 && p < out_blocks.end; ++p) {
                 E* h = h_next + g.rows_begin * s.ld_p + p * 2 * n;

@@ -2,7 +2,15 @@
 // it is merged across them by the linker.
 #pragma once
 
+#include <time.h>
+
 namespace seqkern {
+
+inline __attribute__((always_inline)) long nanoseconds() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000L + now.tv_nsec;
+}
 
 // Threads that meet in every step need all their cores at once. What they lose by waiting for a core, less
 // what they gain, adds up over the calls of a process; beyond CROWD the cores are held to be others'. One
