@@ -146,6 +146,14 @@ def test_op_is_the_same_for_any_thread_count(isa, cell, form, bidirectional):
         same_for_any_thread_count(make_case(cell, form, T=T, B=B, I=I, H=H, bidirectional=bidirectional))
 
 
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_op_on_far_input_weights(isa, form):
+    """2 MB of them and more, which serve 512 rows at a time on some machines."""
+    case = make_case("lstm", form, T=90, B=8, I=520, H=260)
+    check_op(case, what=f"{isa} {form}")
+    same_for_any_thread_count(case)
+
+
 @pytest.mark.parametrize(("form", "bidirectional"), FORMS[:3])
 def test_op_shares_out_the_units_of_far_weights(isa, form, bidirectional):
     """8 MB of them and more."""
