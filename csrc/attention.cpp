@@ -1,5 +1,6 @@
 // seqkern::attention and seqkern::attention_backward on the CPU: tensors checked and laid out as calls of the
 // kernels. The schemas and the results' layouts stand in python/seqkern/ops/attention.py.
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <tuple>
@@ -15,6 +16,12 @@ bool is_floating(const Tensor& t) {
     const auto dtype = t.scalar_type();
     return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
            dtype == ScalarType::Half;
+}
+
+// Memory for dense [B, H, rows, size] that lies as [B, rows, H, size].
+Tensor empty_heads(const Tensor& like, const Sizes& sizes) {
+    const int64_t size = std::max<int64_t>(sizes[3], 1), row = std::max<int64_t>(sizes[1], 1) * size;
+    return empty_strided(like, sizes, {std::max<int64_t>(sizes[2], 1) * row, size, row, 1});
 }
 
 long stride_of(const Tensor& t, int64_t at) { return t.size(at) == 1 ? 0 : t.stride(at); }
@@ -100,10 +107,8 @@ class Attention {
 
     Sizes sizes_like(const Tensor& t) const { return Sizes(t.sizes().begin(), t.sizes().end()); }
 
-    // Dense [B, H, rows, size] that lies as [B, rows, H, size]; packed as it is.
     Tensor new_heads(const Sizes& sizes) const {
-        if (packed) return empty(query, sizes);
-        return torch::stable::transpose(empty(query, {sizes[0], sizes[2], sizes[1], sizes[3]}), 1, 2);
+        return packed ? empty(query, sizes) : empty_heads(query, sizes);
     }
     Result result(const Tensor& t) const {
         if (packed) return {t.mutable_data_ptr(), 0, t.stride(1), t.stride(0)};
@@ -200,6 +205,92 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor v
     return {output, lse, shares};
 }
 
+// torch's scaled_dot_product_attention without dropout, for calls so short that the way to the kernel counts.
+// Nothing where the arguments are not for this kernel: then the way by all checks finds out why.
+class Sdpa {
+  public:
+    AttentionForward call{};
+
+    Sdpa(const Tensor& q, const Tensor& k, const Tensor& v) : dtype_(q.scalar_type()) {
+        rank_ = q.dim();
+        fits_ = is_floating(q) && rank_ >= 2 && rank_ <= 4;
+        fits_ = fits_ && operand(q, call.q, kept_[0]) && operand(k, call.k, kept_[1]) &&
+                operand(v, call.v, kept_[2]);
+        if (!fits_) return;
+        call.dtype = dtype_of(q);
+        call.B = size(q, 0), call.Hq = size(q, 1), call.L = size(q, 2), call.D = size(q, 3);
+        call.Hkv = size(k, 1), call.S = size(k, 2), call.Dv = size(v, 3);
+        call.total_q = call.B * call.L;
+        call.left = call.right = -1;
+        fits_ = size(k, 0) == call.B && size(v, 0) == call.B && size(v, 1) == call.Hkv &&
+                size(v, 2) == call.S && size(k, 3) == call.D && call.Hkv > 0 && call.Hq > 0 &&
+                call.Hq % call.Hkv == 0 && call.S > 0 && call.D > 0 && call.Dv > 0;
+    }
+
+    bool fits() const { return fits_; }
+
+    // Whether a mask of torch's is one of the kernel's planes.
+    bool add(const Tensor& mask) {
+        const auto dtype = mask.scalar_type();
+        const bool shows = dtype == ScalarType::Bool;
+        const auto wide = dtype_ == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+        if (!mask.is_cpu() || mask.dim() > rank_ || !(shows || dtype == dtype_ || dtype == wide))
+            return false;
+        const long full[] = {call.B, call.Hq, call.L, call.S};
+        long strides[4] = {};
+        for (int64_t at = 0; at < mask.dim(); ++at) {
+            const int64_t to = 4 - mask.dim() + at;
+            if (mask.size(at) == 1) continue;
+            if (mask.size(at) != full[to]) return false;
+            strides[to] = mask.stride(at);
+        }
+        if (strides[3] > 1) return false;
+        (shows ? call.mask : call.bias) = {mask.const_data_ptr(), strides[0], strides[1], strides[2],
+                                           strides[3]};
+        call.bias_is_wide = dtype == wide;
+        return true;
+    }
+
+    Tensor run(const Tensor& q) {
+        const Sizes sizes = {call.B, call.Hq, call.L, call.Dv};
+        const Sizes strides = {call.L * call.Hq * call.Dv, call.Dv, call.Hq * call.Dv, 1};
+        Tensor output =
+            empty_strided(q, {sizes.end() - rank_, sizes.end()}, {strides.end() - rank_, strides.end()});
+        if (call.total_q == 0) return output;
+        call.output = {output.mutable_data_ptr(), strides[0], strides[1], strides[2]};
+        attention_forward(call);
+        return output;
+    }
+
+  private:
+    // Of the last four dimensions, of which the first may be absent.
+    int64_t size(const Tensor& t, int64_t at) const { return at + rank_ < 4 ? 1 : t.size(at + rank_ - 4); }
+
+    bool operand(const Tensor& t, Operand& to, Maybe& copy) const {
+        if (!t.is_cpu() || t.dim() != rank_ || t.scalar_type() != dtype_) return false;
+        const Tensor* x = &t;
+        if (t.size(-1) > 1 && t.stride(-1) != 1) x = &copy.emplace(torch::stable::contiguous(t));
+        to = {x->const_data_ptr(), rank_ > 3 ? x->stride(0) : 0, rank_ > 2 ? x->stride(rank_ - 3) : 0,
+              x->stride(rank_ - 2)};
+        return true;
+    }
+
+    ScalarType dtype_;
+    int64_t rank_;
+    bool fits_;
+    Maybe kept_[3];
+};
+
+Maybe sdpa_op(Tensor query, Tensor key, Tensor value, Maybe mask, bool causal, std::optional<double> scale,
+              bool gqa) {
+    Sdpa args(query, key, value);
+    if (!args.fits() || (args.call.Hq != args.call.Hkv && !gqa)) return std::nullopt;
+    if (mask && (causal || !args.add(*mask))) return std::nullopt;
+    args.call.scale = scale.value_or(std::pow(static_cast<double>(args.call.D), -0.5));
+    if (causal) args.call.right = 0;
+    return args.run(query);
+}
+
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Tensor zeros(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
@@ -290,5 +381,6 @@ Gradients backward_op(Maybe grad_output, Maybe grad_lse, Maybe grad_weights, Ten
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
     m.impl("attention", TORCH_BOX(&forward_op));
+    m.impl("sdpa", TORCH_BOX(&sdpa_op));
     m.impl("attention_backward", TORCH_BOX(&backward_op));
 }

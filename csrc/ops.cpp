@@ -199,8 +199,9 @@ Gradients rnn_backward(Tensor grad_output, Tensor grad_h_n, Tensor grad_c_n, Ten
             found[at] = empty(input, {0});
             return nullptr;
         }
-        auto sizes = like->sizes();
-        found[at] = some ? torch::stable::new_empty(*like, sizes) : torch::stable::new_zeros(*like, sizes);
+        const auto sizes = like->sizes();
+        found[at] =
+            some ? empty(*like, {sizes.begin(), sizes.end()}) : torch::stable::new_zeros(*like, sizes);
         return found[at].mutable_data_ptr();
     };
     call.d_input = give(0, args.tensors[0], need_input);

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -59,9 +60,24 @@ inline bool lies_plain(const Tensor& t) {
     return true;
 }
 
+// Memory on the CPU for a tensor of these sizes and strides; past the dispatcher, which would take as long as
+// a short call.
+inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides,
+                            std::optional<ScalarType> dtype = std::nullopt) {
+    const ScalarType wanted = dtype.value_or(like.scalar_type());
+    AtenTensorHandle made = nullptr;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                 torch::stable::detail::to<int32_t>(torch::stable::detail::from(wanted)),
+                                 aoti_torch_device_type_cpu(), 0, &made));
+    return Tensor(made);
+}
+
 inline Tensor empty(const Tensor& like, const Sizes& sizes, std::optional<ScalarType> dtype = std::nullopt) {
-    return torch::stable::new_empty(
-        like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+    Sizes strides(sizes.size());
+    int64_t next = 1;
+    for (size_t i = sizes.size(); i-- > 0; next *= std::max<int64_t>(sizes[i], 1)) strides[i] = next;
+    return empty_strided(like, sizes, strides, dtype);
 }
 
 }  // namespace seqkern

@@ -323,50 +323,6 @@ def test_how_large_attention_must_be_on_hopper(on_hopper):
         assert bool(_backend._triton_avoids(_backend.Call("attention", tensors, wanted))) == small
 
 
-@pytest.mark.parametrize(
-    ("L", "S", "D", "causal", "small"),
-    [
-        (64, 64, 64, False, 4 * 64 * 64 * 64),
-        (64, 64, 16, False, 4 * 64 * 64 * 16),  # narrow
-        (64, 64, 64, True, 4 * 64 * 64 * 64),
-        (64, 200, 64, True, 4 * 64 * 200 * 64),  # beyond
-        (9, 500, 64, False, 4 * 9 * 500 * 64),  # few
-        (1, 500, 64, False, 2 * 500 * 64),  # one
-    ],
-)
-def test_a_small_call_is_torchs(monkeypatch, L, S, D, causal, small):
-    """Each bound by itself, at what the call takes and a little above it."""
-    query, key = torch.zeros(1, 1, L, D), torch.zeros(1, 1, S, D)
-    field = ("beyond" if S > 2 * L else "causal") if causal else "narrow" if D < 32 else "flop"
-    field = "one" if L == 1 else "few" if L <= 16 else field
-    for bound, wanted in ((small, False), (small + 1, True)):
-        bounds = dict.fromkeys(_attention_backends.Small._fields, 0.0 if not causal else 1e9) | {"keys": 2}
-        set_to = _attention_backends.Small(**bounds | {field: bound})
-        monkeypatch.setitem(_attention_backends.SMALL, torch.float32, set_to)
-        assert _attention_backends.too_small(query, key, causal) == wanted
-    bounds = dict.fromkeys(_attention_backends.Small._fields, 0.0) | {"keys": 2}
-    monkeypatch.setitem(_attention_backends.SMALL, torch.float32, _attention_backends.Small(**bounds))
-    assert _attention_backends.too_small(query, key[:, :, :1], causal)
-    assert not _attention_backends.too_small(query, key, causal)
-
-
-@pytest.mark.parametrize(
-    ("batch", "heads", "L", "causal", "torchs"),
-    [
-        (1, 1, 17, False, True),
-        (1, 1, 16, False, False),  # few
-        (1, 1, 17, True, False),
-        (1, 2, 17, False, False),
-        (2, 1, 17, False, False),
-    ],
-)
-def test_a_single_head_has_a_bound_of_its_own(monkeypatch, batch, heads, L, causal, torchs):
-    bounds = dict.fromkeys(_attention_backends.Small._fields, 0) | {"alone": 1e9}
-    monkeypatch.setitem(_attention_backends.SMALL, torch.float32, _attention_backends.Small(**bounds))
-    query, key = torch.zeros(batch, heads, L, 64), torch.zeros(batch, heads, 20, 64)
-    assert _attention_backends.too_small(query, key, causal) == torchs
-
-
 def test_package_is_light_and_works_without_its_binary():
     code = (
         "import sys; sys.modules['seqkern._native'] = None; sys.modules['triton'] = None\n"

@@ -17,7 +17,7 @@ import seqkern
 from seqkern import dispatcher
 from seqkern.dispatcher import attention as sdpa
 from seqkern.dispatcher import choice, fast_paths
-from seqkern.ops import _attention_backends, _backend, _torchs_own
+from seqkern.ops import _backend, _torchs_own
 from seqkern.testing import without_torchs_warnings
 
 pytestmark = [
@@ -53,8 +53,6 @@ def off_again():
 def everything_is_worth_it(monkeypatch):
     """Small shapes stand for large ones."""
     monkeypatch.setattr(choice, "WORTH", dict.fromkeys(choice.WORTH, choice.Worth(0, 0, 0)))
-    nothing = _attention_backends.Small(0, 0, 0, 0, 0, 0, keys=0)
-    monkeypatch.setattr(_attention_backends, "SMALL", dict.fromkeys(_attention_backends.CPU_DTYPES, nothing))
     monkeypatch.setattr(sdpa, "WORTH_A_GRADIENT", 0)
     monkeypatch.setattr(fast_paths, "WORTH_A_LAYER", 0)
     monkeypatch.setattr(_backend, "torch_outruns", lambda op, tensors: None)
@@ -373,7 +371,7 @@ def test_a_default_device_does_not_hide_the_kernels():
 
 @pytest.mark.built
 def test_small_calls_stay_torchs():
-    q, cell, x = torch.randn(1, 2, 3, 4), nn.LSTMCell(8, 8), torch.randn(1, 8)
+    q, cell, x = torch.randn(1, 2, 3, 4, requires_grad=True), nn.LSTMCell(8, 8), torch.randn(1, 8)
     assert {name for _, name in both(lambda: F.scaled_dot_product_attention(q, q, q))} == {"torch"}
     with torch.no_grad():
         assert both(lambda: cell(x)) == [("lstm_cell", "torch")]

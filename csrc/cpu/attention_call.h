@@ -45,7 +45,7 @@ struct AttentionCall {
 
 struct AttentionForward : AttentionCall {
     Result output;
-    Result lse;      // wide, size 1
+    Result lse;      // wide, size 1; null: not wanted, which it is with the weights
     Result weights;  // [B, Hq, L, S], or for the mean [B, L, S] with a head stride of 0; null: not wanted
     bool mean;
     int threads;  // of the team at most; set by the dispatcher

@@ -91,7 +91,6 @@ template <class A, class S>
 void finish_panel(const AttentionForward& c, const Sequence& s, const Panel<A>& panel, const Running<A>& run,
                   long Nv) {
     constexpr long n = Simd<A>::n;
-    using Wide = A;
     for (long lane = 0; lane < panel.count; ++lane) {
         const long h = panel.h[lane], i = s.from_q + panel.i[lane];
         A m = run.m[lane], l = run.l[lane], factor = 1;
@@ -109,9 +108,10 @@ void finish_panel(const AttentionForward& c, const Sequence& s, const Panel<A>& 
         for (long at = 0; at < c.Dv; at += n) {
             store_n<A>(to + at, load<A>(from + at) * factor, c.Dv - at);
         }
+        if (!c.lse.p) continue;
         const A log2 =
             sizeof(A) == 4 ? __builtin_log2f(static_cast<float>(l)) : static_cast<A>(__builtin_log2(l));
-        *row_of<Wide>(c.lse, s, h, i) = empty ? hidden : (m + log2) * static_cast<A>(LN2);
+        *row_of<A>(c.lse, s, h, i) = empty ? hidden : (m + log2) * static_cast<A>(LN2);
     }
 }
 

@@ -1,6 +1,7 @@
 // The forward of one call by a team of threads.
 #pragma once
 
+#include "attention_short.h"
 #include "attention_weights.h"
 
 namespace seqkern {
@@ -16,6 +17,13 @@ unsigned long attention_forward_bytes(const AttentionForward& c) {
 
 template <class A, class S>
 void attention_forward_run(const AttentionForward& c, char* shared, const Team& team) {
+    if (ShortRows<A, S>::serves(c)) {
+        Scratch scratch(sizeof(A) * ShortRows<A, S>::numbers(c));
+        A* memory = static_cast<A*>(scratch.p);
+        if (!all_ready(team, memory)) return;
+        const Range rows = share(c.B * c.Hq * c.L, team.thread, team.threads);
+        return ShortRows<A, S>{c, memory}.run(rows.begin, rows.end);
+    }
     unsigned long numbers = ForwardUnit<A, S>::numbers(c);
     if (c.weights.p && WeightsUnit<A, S>::numbers(c) > numbers) numbers = WeightsUnit<A, S>::numbers(c);
     Scratch scratch(sizeof(A) * numbers);

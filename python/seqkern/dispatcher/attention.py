@@ -7,33 +7,34 @@ from torch import Tensor
 
 from seqkern import functional
 from seqkern.dispatcher.choice import ON_GPU, TOO_SMALL, attention_has_kernels, declined
+from seqkern.functional.attention import short_way
 from seqkern.ops import _backend, _torchs_own
-from seqkern.ops._attention_backends import Wanted, too_small
+from seqkern.ops._attention_backends import Wanted
 from seqkern.spec.attention import Options, Tensors
 
 # The op's gradient, called from Python, costs what torch's needs for less (docs/decisions.md).
 WORTH_A_GRADIENT = 80_000_000  # multiplications and additions of both products
+ASKED = "torch.nn.attention.sdpa_kernel asks for kernels of torch"
 
 
-def _is_small(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
-    if _backend.needs_grad((query, key, value)):
-        return 4 * query.numel() * key.shape[-2] < WORTH_A_GRADIENT
-    return too_small(query, key, causal)
-
-
-def _stays(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> str:
+def _stays(query: Tensor, key: Tensor, value: Tensor) -> str:
     """Why a call stays torch's though a kernel of this package might serve it; empty if it need not."""
     compiling = torch.compiler.is_compiling()
     if not compiling and any(type(x) not in _backend.PLAIN for x in (query, key, value)):
         return "a tensor is of a subclass"
     if query.dim() < 3 or key.dim() < 3:
         return "there are no heads"
-    if not compiling and _is_small(query, key, value, causal):
+    grad = not compiling and _backend.needs_grad((query, key, value))
+    if grad and 4 * query.numel() * key.shape[-2] < WORTH_A_GRADIENT:
         return TOO_SMALL
+    return ASKED if _torch_is_asked_for() else ""
+
+
+def _torch_is_asked_for() -> bool:
     c = torch._C
-    if not (c._get_flash_sdp_enabled() and c._get_math_sdp_enabled() and c._get_mem_efficient_sdp_enabled()):  # type: ignore[attr-defined]
-        return "torch.nn.attention.sdpa_kernel asks for kernels of torch"
-    return ""
+    return not (
+        c._get_flash_sdp_enabled() and c._get_math_sdp_enabled() and c._get_mem_efficient_sdp_enabled()  # type: ignore[attr-defined]
+    )
 
 
 def scaled_dot_product_attention(own: Callable) -> Callable:
@@ -45,8 +46,12 @@ def scaled_dot_product_attention(own: Callable) -> Callable:
         special, has_kernels = _backend.special, attention_has_kernels(query.device.type)
         if _torchs_own.here.own or not (special or has_kernels):
             return own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if not special and dropout_p == 0 and query.dim() > 2 and not _torch_is_asked_for():
+            output = short_way(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+            if output is not None:
+                return output
         if not special or _backend.forced() is None:
-            stays = _backend.in_transform() or (has_kernels and _stays(query, key, value, is_causal))
+            stays = _backend.in_transform() or (has_kernels and _stays(query, key, value))
             stays = stays or (not query.is_cpu and ON_GPU)
             if stays:
                 if special and isinstance(stays, str):

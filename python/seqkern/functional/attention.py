@@ -6,7 +6,7 @@ from torch import Tensor
 
 from seqkern.ops import _backend, _torchs_own
 from seqkern.ops import attention as _declares_the_ops  # noqa: F401
-from seqkern.ops._attention_backends import CPU_DTYPES, CPU_READY, PLAIN, Wanted, too_small
+from seqkern.ops._attention_backends import CPU_READY, PLAIN, Wanted
 from seqkern.ops._checks_attention import (
     check_cu_seqlens,
     check_extras,
@@ -20,6 +20,7 @@ from seqkern.spec.attention import Options, Tensors
 __all__ = ["attention", "scaled_dot_product_attention"]
 
 _op = torch.ops.seqkern.attention.default
+_sdpa = torch.ops.seqkern.sdpa.default._op if CPU_READY else None  # past a Python function around it
 _NUMBERS = (int, float)
 FAR = 2**30  # keys to a side: no sequence is so long, and kernels count them in 32 bits
 Window = int | tuple[int | None, int | None] | None
@@ -75,10 +76,6 @@ def _run(name: str, t: Tensors, o: Options) -> tuple[Tensor, Tensor | None, Tens
         return spec.attention(*t, *o)
     if torch.compiler.is_compiling() or _backend.needs_grad(t) or _backend.in_transform():
         return _op(*t, *o)
-    return _below_autograd(t, o)
-
-
-def _below_autograd(t: Tensors, o: Options) -> tuple[Tensor, Tensor, Tensor]:
     with torch._C._AutoDispatchBelowAutograd():  # past a Python kernel, 15 us of a call's 50
         return _op(*t, *o)
 
@@ -147,26 +144,22 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _is_plain(query, key, value, mask=None) -> bool:
-    """Whether a call is of plain tensors of rank 4 on a CPU, without a gradient, and nobody looks on or casts."""
-    if _backend.special or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
-        return False
-    for x in (query, key, value):
-        if not (type(x) in PLAIN and x.is_cpu and x.dim() == 4 and not x.is_nested):
-            return False
-    return not (_backend.needs_grad((query, key, value, mask)) or _backend.in_transform())
-
-
-def _agree(query, key, value, gqa: bool) -> bool:
-    """Whether plain tensors are of one dtype and sizes that the compiled kernels take."""
-    for x in (query, key, value):
-        if x.dtype is not query.dtype or x.layout is not torch.strided:
-            return False
-    B, Hq, _, D = query.shape
-    _, Hkv, S, Dv = value.shape
-    if key.shape != (B, Hkv, S, D) or value.shape[0] != B or not (Hq and Hkv and D and Dv):
-        return False
-    return query.dtype in CPU_DTYPES and Hq % Hkv == 0 and (gqa or Hq == Hkv)
+def short_way(query, key, value, mask, causal, scale, gqa) -> Tensor | None:
+    """The output of a call that the compiled kernels serve, on a CPU and without a gradient, where nobody looks on;
+    past the choice, which would take longer than a short call. None: the long way finds out who serves it."""
+    if torch.compiler.is_compiling() or _backend.special or not _sdpa:
+        return None
+    for x in (query, key, value) if mask is None else (query, key, value, mask):
+        if type(x) not in PLAIN or not x.is_cpu:
+            return None
+    options = type(causal) is type(gqa) is bool and (scale is None or type(scale) is float)
+    if not options or _backend.is_looked_on():
+        return None
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(query, key, value, mask):  # type: ignore[attr-defined]
+        return None
+    if torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
+        query, key, value = _autocast(query, key, value)
+    return _sdpa(query, key, value, mask, causal, scale, gqa)
 
 
 def attention(
@@ -245,25 +238,22 @@ def attention(
     """
     if isinstance(query, Tensor) and scale is None:
         scale = max(query.shape[-1] if query.dim() else 1, 1) ** -0.5
-    nothing_else = mask is bias is alibi_slopes is sinks is dropout_seed is window is backend is None
+    nothing_else = bias is alibi_slopes is sinks is dropout_seed is window is backend is None
     not_packed = cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None
     if (
         nothing_else
         and not_packed
-        and causal in (False, True)
         and type(softcap) in _NUMBERS
         and type(dropout_p) in _NUMBERS
         and softcap == dropout_p == 0
         and return_lse is return_weights is False
-        and isinstance(scale, float)
-        and _is_plain(query, key, value)
-        and _agree(query, key, value, True)
-    ):  # a decoding step can be so short that looking more closely would double its time
-        t, o = Tensors(query, key, value), Options(scale, window_right=0 if causal else -1)
-        if too_small(query, key, bool(causal)):
-            return _torch(t, o)
-        if CPU_READY:
-            return _below_autograd(t, o)[0]
+        and isinstance(query, Tensor)
+        and query.dim() == 4
+        and (mask is None or getattr(mask, "dtype", None) is torch.bool)
+    ):
+        output = short_way(query, key, value, mask, causal, scale, True)
+        if output is not None:
+            return output
     left, right, bottom_right = _diagonal(causal, window)
     weights = return_weights if isinstance(return_weights, str) else ""
     o = Options(scale or 0.0, softcap or 0.0, dropout_p, left, right, bottom_right, weights=weights)
@@ -378,14 +368,10 @@ def scaled_dot_product_attention(
             F.scaled_dot_product_attention, *arguments, scale=scale, enable_gqa=enable_gqa
         )
 
-    if _is_plain(query, key, value, attn_mask):
-        if too_small(query, key, is_causal):  # torch's own errors need no look of ours
-            return by_torch()
-        plain = CPU_READY and attn_mask is None and type(dropout_p) in _NUMBERS and dropout_p == 0
-        if plain and _agree(query, key, value, enable_gqa):
-            factor = query.shape[-1] ** -0.5 if scale is None else scale
-            o = Options(factor, window_right=0 if is_causal else -1)
-            return _below_autograd(Tensors(query, key, value), o)[0]
+    if type(dropout_p) in _NUMBERS and dropout_p == 0:
+        output = short_way(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        if output is not None:
+            return output
     given = (query, key, value, *(() if attn_mask is None else (attn_mask,)))
     if not all(isinstance(x, Tensor) for x in given):
         return by_torch()

@@ -14,32 +14,6 @@ CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.floa
 CPU_READY = _library.native() is not None
 
 
-class Small(NamedTuple):
-    """Below these a call without a gradient is over on torch's kernel before an op of this package pays."""
-
-    flop: float  #: of more than 16 queries; causal counted in full
-    narrow: float  #: the same for head sizes below 32, where torch's kernel takes longer
-    causal: float  #: of causal calls, at most
-    beyond: float  #: the same with keys that no query sees, of which torch's kernel leaves out none
-    few: float  #: of 2 to 16 queries
-    one: float  #: of one query: keys and values in numbers, those of a group counted for each of its queries
-    alone: float = 0.0  #: of a single head with more than 16 queries, whose few panels threads share badly
-    keys: int = 2  #: fewer of them are copied rather than weighed
-
-
-def _small_calls(wide: bool) -> dict[torch.dtype, Small]:
-    """The bounds of each dtype, by whether vectors have 64 bytes; measured, as docs/decisions.md tells."""
-    if wide:
-        every = Small(flop=1e7, narrow=1e7, causal=5e6, beyond=5e6, few=2e6, one=2e6)
-        return dict.fromkeys(CPU_DTYPES, every)
-    single = Small(flop=1e7, narrow=1e7, causal=4e6, beyond=4e6, few=5e6, one=1.5e6, alone=3.2e7)
-    # torch computes them by plainer loops.
-    half = Small(flop=4e6, narrow=1e6, causal=4e6, beyond=4e6, few=2e6, one=2e5, alone=8e6)
-    double = half._replace(few=1.5e6, one=7.5e5)
-    return {torch.float32: single, torch.float64: double, torch.bfloat16: half, torch.float16: half}
-
-
-SMALL = _small_calls(_library.is_wide())
 GPU_FLOP = 2e10  # 0.1 ms of a Hopper GPU, which a launch from Python must not be a large part of
 TRITON_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 LARGEST_HEAD = 256
@@ -83,34 +57,6 @@ def torch_declines(t: Tensors, wanted: Wanted) -> str | None:
         if has:
             return f"torch's scaled_dot_product_attention does not know {what}"
     return None
-
-
-def too_small(query: Tensor, key: Tensor, causal: bool) -> bool:
-    """Whether a call without a gradient is `Small`."""
-    L, D, keys = query.size(-2), query.size(-1), key.size(-2)
-    bounds = SMALL.get(query.dtype)
-    if bounds is None or keys < bounds.keys:
-        return True
-    if L == 1:
-        return 2 * query.numel() * keys < bounds.one
-    most = bounds.flop if D >= 32 else bounds.narrow
-    if L <= 16:
-        most = bounds.few
-    elif query.numel() == L * D:
-        most = max(most, bounds.alone)
-    if causal:
-        most = min(most, bounds.beyond if keys > 2 * L else bounds.causal)
-    return 4 * query.numel() * keys < most
-
-
-def torch_outruns(t: Tensors, wanted: Wanted) -> str | None:
-    """Why torch's kernel is known to be faster on a CPU than ours, which then stand aside unless forced."""
-    causal = wanted.options.window_right == 0
-    if torch.compiler.is_compiling() or t.cu_seqlens_q is not None or not too_small(t.query, t.key, causal):
-        return None
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in t):
-        return None  # a call overhead matters less there, and torch's kernel has no second derivative
-    return None if torch_declines(t, wanted) else "so small a call, or one of a single key,"
 
 
 def torch_outruns_on_gpu(t: Tensors, wanted: Wanted) -> str | None:

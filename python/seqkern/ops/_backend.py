@@ -150,6 +150,13 @@ def in_transform() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
+def is_looked_on() -> bool:
+    """Whether something follows what is done with plain tensors: a transform, forward AD, a mode of dispatch."""
+    c = torch._C
+    functorch, modes = c._are_functorch_transforms_active(), c._len_torch_dispatch_stack()  # type: ignore[attr-defined]
+    return functorch or modes > 0 or forward_ad._current_level >= 0
+
+
 def lacks_features(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether input or state has no features, which torch's cells take and a kernel here does not."""
     input, hx = tensors[:2]
@@ -298,10 +305,7 @@ def _linear_outruns(tensors: Sequence[Tensor | None]) -> str | None:
 
 def _cpu_avoids(call: Call) -> str | None:
     """Why the compiled kernels are left aside unless they are forced."""
-    if call.wanted is not None:
-        reason = _attention_backends.torch_outruns(call.tensors, call.wanted)  # type: ignore[arg-type]
-    else:
-        reason = torch_outruns(call.op, call.tensors)
+    reason = None if call.wanted is not None else torch_outruns(call.op, call.tensors)
     return reason and f"{reason} is faster on torch's kernel"
 
 

@@ -14,6 +14,9 @@ results with heads lie in memory as [B, L, H, D], so that what merges the heads 
 that was not asked for, or whose tensor is absent, has shape [0]. No result shares memory with an argument.
 
 A backend adds an implementation for its device; where none has, the spec runs.
+
+``seqkern::sdpa`` has the arguments of torch's scaled_dot_product_attention but the dropout, and no gradient: the
+compiled kernels by a way so short that it does not count in a small call. It returns None where they do not serve.
 """
 
 from collections.abc import Sequence
@@ -50,6 +53,11 @@ _LIBRARY.define(
     f"{_ARGUMENTS}, {', '.join(f'bool {name}' for name in NEEDS)}) -> ("
     + ", ".join(f"Tensor d_{name}" for name in GRADIENTS)
     + ")",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, bool enable_gqa)"
+    " -> Tensor?",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -142,6 +150,14 @@ def _run_cuda_backward(*arguments):
     return (run_spec_backward if declined else run_triton_backward)(*arguments)
 
 
+def _not_here(*arguments) -> None:
+    return None
+
+
+for _key in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):
+    _LIBRARY.impl("sdpa", _not_here, _key)
+for _key in ("AutogradCPU", "AutogradNestedTensor"):
+    _LIBRARY.impl("sdpa", torch.library.fallthrough_kernel, _key)
 _LIBRARY.impl("attention", _run_cuda, "CUDA")
 _LIBRARY.impl("attention_backward", _run_cuda_backward, "CUDA")
 _LIBRARY.impl("attention", run_spec, "CompositeExplicitAutograd")
@@ -151,6 +167,15 @@ _LIBRARY.impl("attention_backward", run_spec_backward, "CompositeExplicitAutogra
 @torch.library.register_fake("seqkern::attention", lib=_LIBRARY)
 def _forward_fake(*arguments):
     return empty_outputs(*split(arguments))
+
+
+@torch.library.register_fake("seqkern::sdpa", lib=_LIBRARY)
+def _sdpa_fake(query, key, value, attn_mask, is_causal, scale, enable_gqa):
+    shape = (*query.shape[:-1], value.shape[-1])
+    if len(shape) == 2:
+        return query.new_empty(shape)
+    *batch, H, L, Dv = shape
+    return query.new_empty((*batch, L, H, Dv)).transpose(-2, -3)
 
 
 @torch.library.register_fake("seqkern::attention_backward", lib=_LIBRARY)
