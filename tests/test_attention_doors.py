@@ -91,7 +91,9 @@ def test_what_the_short_way_passes_on(change, large):
         short, long = outcome(call), outcome(partial(long_way, call))
         if isinstance(short, torch.Tensor):
             assert short.requires_grad == long.requires_grad and short.device == long.device
-            assert short.is_meta or torch.allclose(short, long, rtol=1e-5, atol=1e-6)  # few keys: another order
+            assert short.is_meta or torch.allclose(
+                short, long, rtol=1e-5, atol=1e-6
+            )  # few keys: another order
         else:
             assert short == long
 

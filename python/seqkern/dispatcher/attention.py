@@ -13,7 +13,7 @@ from seqkern.ops._attention_backends import Wanted
 from seqkern.spec.attention import Options, Tensors
 
 # The op's gradient, called from Python, costs what torch's needs for less (docs/decisions.md).
-WORTH_A_GRADIENT = 80_000_000  # multiplications and additions of both products
+WORTH_A_GRADIENT = 2_000_000  # multiplications and additions of both products
 ASKED = "torch.nn.attention.sdpa_kernel asks for kernels of torch"
 
 
@@ -24,10 +24,13 @@ def _stays(query: Tensor, key: Tensor, value: Tensor) -> str:
         return "a tensor is of a subclass"
     if query.dim() < 3 or key.dim() < 3:
         return "there are no heads"
-    grad = not compiling and _backend.needs_grad((query, key, value))
-    if grad and 4 * query.numel() * key.shape[-2] < WORTH_A_GRADIENT:
+    if not compiling and _is_too_small(query, key, value):
         return TOO_SMALL
     return ASKED if _torch_is_asked_for() else ""
+
+
+def _is_too_small(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return 4 * query.numel() * key.size(-2) < WORTH_A_GRADIENT and _backend.needs_grad((query, key, value))
 
 
 def _torch_is_asked_for() -> bool:
@@ -46,7 +49,9 @@ def scaled_dot_product_attention(own: Callable) -> Callable:
         special, has_kernels = _backend.special, attention_has_kernels(query.device.type)
         if _torchs_own.here.own or not (special or has_kernels):
             return own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        if not special and dropout_p == 0 and query.dim() > 2 and not _torch_is_asked_for():
+        plain = not (special or torch.compiler.is_compiling()) and dropout_p == 0
+        plain = plain and query.dim() > 2 and key.dim() > 2
+        if plain and not (_torch_is_asked_for() or _is_too_small(query, key, value)):
             output = short_way(query, key, value, attn_mask, is_causal, scale, enable_gqa)
             if output is not None:
                 return output

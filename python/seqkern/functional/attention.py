@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqkern.ops import _backend, _torchs_own
-from seqkern.ops import attention as _declares_the_ops  # noqa: F401
-from seqkern.ops._attention_backends import CPU_READY, PLAIN, Wanted
+from seqkern.ops._attention_backends import CPU_DTYPES, CPU_READY, PLAIN, Wanted
 from seqkern.ops._checks_attention import (
     check_cu_seqlens,
     check_extras,
@@ -14,6 +13,7 @@ from seqkern.ops._checks_attention import (
     check_shapes,
     sequence_lengths,
 )
+from seqkern.ops.attention import direct_attention
 from seqkern.spec import attention as spec
 from seqkern.spec.attention import Options, Tensors
 
@@ -74,10 +74,7 @@ def _run(name: str, t: Tensors, o: Options) -> tuple[Tensor, Tensor | None, Tens
     # A compiler cannot follow the spec where it reads how long packed sequences are.
     if name == "reference" and not (torch.compiler.is_compiling() and t.cu_seqlens_q is not None):
         return spec.attention(*t, *o)
-    if torch.compiler.is_compiling() or _backend.needs_grad(t) or _backend.in_transform():
-        return _op(*t, *o)
-    with torch._C._AutoDispatchBelowAutograd():  # past a Python kernel, 15 us of a call's 50
-        return _op(*t, *o)
+    return (_op if _backend.is_looked_on() else direct_attention)(*t, *o)
 
 
 def _torch(t: Tensors, o: Options) -> Tensor:
@@ -145,21 +142,36 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def short_way(query, key, value, mask, causal, scale, gqa) -> Tensor | None:
-    """The output of a call that the compiled kernels serve, on a CPU and without a gradient, where nobody looks on;
-    past the choice, which would take longer than a short call. None: the long way finds out who serves it."""
-    if torch.compiler.is_compiling() or _backend.special or not _sdpa:
+    """The output of a call that the compiled kernels serve, on a CPU, where nobody looks on; past the choice, which
+    would take longer than a short call. None: the long way finds out who serves it."""
+    if _backend.is_looked_on() or _backend.special or not _sdpa:
         return None
     for x in (query, key, value) if mask is None else (query, key, value, mask):
         if type(x) not in PLAIN or not x.is_cpu:
             return None
-    options = type(causal) is type(gqa) is bool and (scale is None or type(scale) is float)
-    if not options or _backend.is_looked_on():
+    if not (type(causal) is type(gqa) is bool and (scale is None or type(scale) is float)):
         return None
+    cast = torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(query, key, value, mask):  # type: ignore[attr-defined]
-        return None
-    if torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
+        if cast or mask is not None or not _agree(query, key, value, gqa):
+            return None
+        o = Options(query.shape[-1] ** -0.5 if scale is None else scale, window_right=0 if causal else -1)
+        return direct_attention(*Tensors(query, key, value), *o)[0]
+    if cast:
         query, key, value = _autocast(query, key, value)
     return _sdpa(query, key, value, mask, causal, scale, gqa)
+
+
+def _agree(query: Tensor, key: Tensor, value: Tensor, gqa: bool) -> bool:
+    """Whether tensors are of rank 4, of one dtype and of sizes that the compiled kernels take."""
+    for x in (query, key, value):
+        if x.dim() != 4 or x.is_nested or x.dtype is not query.dtype or x.layout is not torch.strided:
+            return False
+    B, Hq, _, D = query.shape
+    _, Hkv, S, Dv = value.shape
+    if key.shape != (B, Hkv, S, D) or value.shape[0] != B or not (Hq and Hkv and D and Dv):
+        return False
+    return query.dtype in CPU_DTYPES and Hq % Hkv == 0 and (gqa or Hq == Hkv)
 
 
 def attention(

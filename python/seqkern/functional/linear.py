@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqkern.ops import _backend
-from seqkern.ops.linear import ACTIVATIONS
+from seqkern.ops.linear import ACTIVATIONS, direct_linear
 
 __all__ = ["linear"]
 
@@ -39,30 +39,32 @@ def linear(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation is {activation!r}, expected 'relu', 'gelu' or None")
-    tensors = (input, weight) if bias is None else (input, weight, bias)
-    if not (all(isinstance(x, Tensor) for x in tensors) and _fits(input, weight, bias)):
-        return _FUNCTIONS[activation](F.linear(input, weight, bias))
-    call = (input, weight, bias)
-    grad = _backend.needs_grad(call)
-    fused = activation if activation != "gelu" or not (grad or weight.dtype is torch.float64) else None
-    if _backend.special:  # another backend is forced for what it has: linear layers stay torch's
-        ours = (
-            _backend.forced() in (None, "cpu") and _backend.pick(_backend.Call("linear", call)).name == "cpu"
-        )
-    else:
-        ours = _backend.torch_outruns("linear", call) is None and _backend.serves_cpu(call)
-    if not ours:
-        return _FUNCTIONS[activation](F.linear(input, weight, bias))
-    if grad:
-        output = _op(input, weight, bias, ACTIVATIONS[fused])
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = _op(input, weight, bias, ACTIVATIONS[fused])
+    if not _is_ours(input, weight, bias):
+        output = F.linear(input, weight, bias)
+        return output if activation is None else _FUNCTIONS[activation](output)
+    exact = activation == "gelu" and (
+        weight.dtype is torch.float64 or _backend.needs_grad((input, weight, bias))
+    )
+    fused = None if exact else activation
+    run = _op if _backend.is_looked_on() else direct_linear
+    output = run(input, weight, bias, ACTIVATIONS[fused])
     return output if fused == activation else _FUNCTIONS[activation](output)
+
+
+def _is_ours(input, weight, bias) -> bool:
+    call = (input, weight, bias)
+    if not (isinstance(weight, Tensor) and weight.dim() == 2 and isinstance(input, Tensor)):
+        return False
+    if not _backend.special:  # the rule comes first: a small layer is over before more is asked
+        return not _backend.torch_outruns("linear", call) and _fits(*call) and _backend.serves_cpu(call)
+    # Another backend is forced for what it has: linear layers stay torch's.
+    if not _fits(*call) or _backend.forced() not in (None, "cpu"):
+        return False
+    return _backend.pick(_backend.Call("linear", call)).name == "cpu"
 
 
 def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether sizes and layouts are those of a linear layer; what is wrong with others is torch's to say."""
-    if weight.dim() != 2 or input.dim() == 0 or input.is_nested or input.shape[-1] != weight.shape[1]:
+    if input.dim() == 0 or input.is_nested or input.shape[-1] != weight.shape[1]:
         return False
-    return bias is None or bias.shape == weight.shape[:1]
+    return bias is None or (isinstance(bias, Tensor) and bias.shape == weight.shape[:1])

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from seqkern import spec
 from seqkern.ops import _backend, _linear_backends, _torchs_own
-from seqkern.ops import rnn as _declares_the_ops  # noqa: F401
 from seqkern.ops._checks import check_cell, check_layers, check_state_pair, check_uniform
+from seqkern.ops.rnn import direct_rnn
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
@@ -22,13 +22,9 @@ Weights = tuple[Tensor | None, ...]  # w_ih, w_hh, b_ih, b_hh, w_hr of one direc
 
 
 def _call_op(tensors: Weights, cell: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op through autograd where a gradient is needed, past it where none is."""
-    if _backend.needs_grad(tensors):
-        return _forward(*tensors, cell, True)
-    if torch.compiler.is_compiling():
-        return _forward(*tensors, cell, False)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _forward(*tensors, cell, False)
+    """The op, which keeps what a backward needs where a gradient is needed."""
+    run = _forward if _backend.is_looked_on() else direct_rnn
+    return run(*tensors, cell, _backend.needs_grad(tensors))
 
 
 def _name(backend: str | None, op: str, tensors: Weights, packed: bool = False) -> str:

@@ -68,16 +68,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         one = (self.num_heads, query.shape[0], key.shape[0]) if unbatched else ()
         _masks.check_ranks(attn_mask, key_padding_mask, one)
         first = 0 if self.batch_first or unbatched else 1  # where the batch stands
-        q, k, v = self._project(query, key, value)
-        if unbatched:
-            q, k, v = q[None], k[None], v[None]
-            key_padding_mask = key_padding_mask if key_padding_mask is None else key_padding_mask[None]
-        if q.shape[first] != k.shape[first]:
-            raise RuntimeError(
-                f"MultiheadAttention: query has batch {q.shape[first]} and key {k.shape[first]}, expected one batch "
-                f"in dimension {first} (batch_first={self.batch_first})"
-            )
-        q, k, v = (self._split(x, first) for x in (q, k, v))
+        if unbatched and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask[None]
+        if same and query is key and key is value:
+            three = linear(query, self.in_proj_weight, self.in_proj_bias)
+            three = three.view(*((1,) if unbatched else ()), *query.shape[:-1], 3, self.num_heads, -1)
+            q, k, v = three.permute((2, 0, 3, 1, 4) if first == 0 else (2, 1, 3, 0, 4)).unbind()
+        else:
+            q, k, v = self._project(query, key, value)
+            if unbatched:
+                q, k, v = q[None], k[None], v[None]
+            if q.shape[first] != k.shape[first]:
+                raise RuntimeError(
+                    f"MultiheadAttention: query has batch {q.shape[first]} and key {k.shape[first]}, expected one "
+                    f"batch in dimension {first} (batch_first={self.batch_first})"
+                )
+            q, k, v = (self._split(x, first) for x in (q, k, v))
         B, H, L, _ = q.shape
         more_keys = (self.bias_k is not None) + bool(self.add_zero_attn)
         seen = _masks.seen(
@@ -113,8 +119,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if not self._qkv_same_embed_dim:
             weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
             biases = (None, None, None) if b is None else b.split(E)
-        elif query is key and key is value:
-            return linear(query, self.in_proj_weight, b).split(E, dim=-1)  # type: ignore[return-value]
         elif key is value:
             (of_q, of_kv), (b_q, b_kv) = self._in_proj_parts()
             return linear(query, of_q, b_q), *linear(key, of_kv, b_kv).split(E, dim=-1)  # type: ignore[return-value]

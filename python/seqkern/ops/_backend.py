@@ -32,7 +32,7 @@ ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch
 CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 VARIABLE = "SEQKERN_BACKEND"
 CELL_WORTH_A_GRADIENT = 4_000_000  # weights, states and input of one step
-STEPS_BELOW_A_GRADIENT = {"gru": 1, "rnn_tanh": 4, "rnn_relu": 4}
+STEPS_BELOW_A_GRADIENT = {"gru": 1, "rnn_tanh": 3, "rnn_relu": 3}
 BF16_STEPS_BELOW_A_GRADIENT = STEPS_BELOW_A_GRADIENT | {"gru": 3}  # where dots make torch's steps short
 # Below them a sequence is over on cuDNN before the launches of Triton pay, which a backward has more of.
 GPU_STEPS, GPU_STEPS_BELOW_A_GRADIENT = 16, 64
@@ -151,7 +151,9 @@ def in_transform() -> bool:
 
 
 def is_looked_on() -> bool:
-    """Whether something follows what is done with plain tensors: a transform, forward AD, a mode of dispatch."""
+    """Whether something follows what is done with tensors: a compiler, a transform, forward AD, a mode of dispatch."""
+    if torch.compiler.is_compiling():
+        return True
     c = torch._C
     functorch, modes = c._are_functorch_transforms_active(), c._len_torch_dispatch_stack()  # type: ignore[attr-defined]
     return functorch or modes > 0 or forward_ad._current_level >= 0
@@ -299,7 +301,7 @@ def _linear_outruns(tensors: Sequence[Tensor | None]) -> str | None:
     assert input is not None and weight is not None
     if torch.compiler.is_compiling():
         return "a linear layer that a compiler fuses"
-    rows = input.numel() // max(1, weight.shape[1])
+    rows = input.numel() // max(1, weight.size(1))
     return _linear_backends.torch_outruns(rows, weight, needs_grad(tensors))
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from seqkern.ops._attention_backends import triton_declines
+from seqkern.ops._autograd import register_autograd
 from seqkern.ops._double_backward import through_spec
 from seqkern.spec import attention as spec
 from seqkern.spec.attention import Options, Tensors
@@ -202,9 +203,7 @@ def _forward_backward(ctx, grad_output, grad_lse, grad_weights):
     )
     if grad_weights is not None and not ctx.options[Options._fields.index("weights")]:
         grad_weights = None
-    found = torch.ops.seqkern.attention_backward(
-        grad_output, grad_lse, grad_weights, output, lse, *tensors, *ctx.options, *needs
-    )
+    found = _direct_backward(grad_output, grad_lse, grad_weights, output, lse, *tensors, *ctx.options, *needs)
     grads = dict(zip(GRADIENTS, found))
     return (
         *(grads[name] if wanted[name] and name in grads else None for name in TENSORS),
@@ -228,9 +227,5 @@ def _backward_backward(ctx, *grad_grads):
     return (*found[:3], None, None, *found[3:], *((None,) * (len(ctx.options) + len(NEEDS))))
 
 
-torch.library.register_autograd(
-    "seqkern::attention", _forward_backward, setup_context=_forward_setup, lib=_LIBRARY
-)
-torch.library.register_autograd(
-    "seqkern::attention_backward", _backward_backward, setup_context=_backward_setup, lib=_LIBRARY
-)
+direct_attention = register_autograd(_LIBRARY, "attention", _forward_backward, _forward_setup)
+_direct_backward = register_autograd(_LIBRARY, "attention_backward", _backward_backward, _backward_setup)

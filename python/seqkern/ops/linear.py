@@ -8,6 +8,7 @@ they lie. The compiled library adds the implementations on a CPU; the schemas, t
 import torch
 import torch.nn.functional as F
 
+from seqkern.ops._autograd import register_autograd
 from seqkern.ops._linear_backends import gradient_of_weights_is_ours
 
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2}
@@ -44,7 +45,7 @@ def _backward(ctx, grad):
     elif ctx.activation == ACTIVATIONS["gelu"]:
         grad = torch.ops.aten.gelu_backward(grad, F.linear(input, weight, kept))
     rows, inputs = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
-    of_input = torch.ops.seqkern.mm.default if rows.numel() else torch.mm
+    of_input = _direct_mm if rows.numel() else torch.mm
     of_weight = of_input if gradient_of_weights_is_ours(len(rows), weight.dtype) else torch.mm
     return (
         of_input(rows, weight).reshape(input.shape) if need_input else None,
@@ -60,9 +61,9 @@ def _setup_mm(ctx, inputs, output):
 
 def _backward_mm(ctx, grad):
     a, b = ctx.saved_tensors
-    need_a, need_b = ctx.needs_input_grad
+    need_a, need_b = ctx.needs_input_grad[:2]
     return grad @ b.mT if need_a else None, a.mT @ grad if need_b else None
 
 
-torch.library.register_autograd("seqkern::linear", _backward, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("seqkern::mm", _backward_mm, setup_context=_setup_mm, lib=_LIBRARY)
+direct_linear = register_autograd(_LIBRARY, "linear", _backward, _setup, defaults=(0,))
+_direct_mm = register_autograd(_LIBRARY, "mm", _backward_mm, _setup_mm)

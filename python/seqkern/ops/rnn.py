@@ -22,6 +22,7 @@ from torch import Tensor
 
 from seqkern import spec
 from seqkern.ops import _gpu
+from seqkern.ops._autograd import register_autograd
 from seqkern.ops._double_backward import through_spec
 
 TENSORS = [
@@ -144,7 +145,7 @@ def _forward_backward(ctx, grad_output, grad_h_n, grad_c_n, _):
         return output.new_zeros(()).expand(shape) if grad is None else grad
 
     needs = dict(zip(TENSORS, ctx.needs_input_grad, strict=False))
-    found = torch.ops.seqkern.rnn_backward(
+    found = _direct_backward(
         zeros(grad_output, output.shape),
         zeros(grad_h_n, ctx.h_n_shape),
         zeros(grad_c_n, ctx.c_n_shape),
@@ -174,9 +175,5 @@ def _backward_backward(ctx, *grad_grads):
     return (*found[:3], None, None, *found[3:], None, None, None)
 
 
-torch.library.register_autograd(
-    "seqkern::rnn_forward", _forward_backward, setup_context=_forward_setup, lib=_LIBRARY
-)
-torch.library.register_autograd(
-    "seqkern::rnn_backward", _backward_backward, setup_context=_backward_setup, lib=_LIBRARY
-)
+direct_rnn = register_autograd(_LIBRARY, "rnn_forward", _forward_backward, _forward_setup)
+_direct_backward = register_autograd(_LIBRARY, "rnn_backward", _backward_backward, _backward_setup)
