@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <tuple>
 
 #include "cpu/attention_call.h"
@@ -19,9 +20,9 @@ bool is_floating(const Tensor& t) {
 }
 
 // Memory for dense [B, H, rows, size] that lies as [B, rows, H, size].
-Tensor empty_heads(const Tensor& like, const Sizes& sizes) {
+Tensor empty_heads(const Tensor& like, const Sizes& sizes, std::optional<ScalarType> dtype = std::nullopt) {
     const int64_t size = std::max<int64_t>(sizes[3], 1), row = std::max<int64_t>(sizes[1], 1) * size;
-    return empty_strided(like, sizes, {std::max<int64_t>(sizes[2], 1) * row, size, row, 1});
+    return empty_strided(like, sizes, {std::max<int64_t>(sizes[2], 1) * row, size, row, 1}, dtype);
 }
 
 long stride_of(const Tensor& t, int64_t at) { return t.size(at) == 1 ? 0 : t.stride(at); }
@@ -335,10 +336,12 @@ Gradients backward_op(Maybe grad_output, Maybe grad_lse, Maybe grad_weights, Ten
     // Added to chunk by chunk, so in the wide type, and zero at first.
     Tensor d_q = nothing();
     if (need_query) {
-        d_q = args.packed
-                  ? zeros(query, sizes_q, args.wide)
-                  : torch::stable::transpose(
-                        zeros(query, {sizes_q[0], sizes_q[2], sizes_q[1], sizes_q[3]}, args.wide), 1, 2);
+        d_q = args.packed ? empty(query, sizes_q, args.wide) : empty_heads(query, sizes_q, args.wide);
+        const int64_t bytes = d_q.numel() * (args.wide == ScalarType::Double ? 8 : 4);
+        if (bytes < (1 << 16))  // torch fills by several threads, from behind its dispatcher
+            std::memset(d_q.mutable_data_ptr(), 0, bytes);
+        else
+            torch::stable::zero_(d_q);
         call.d_q = args.result(d_q);
     }
     Tensor d_k = need_key_value ? args.new_heads(sizes_k) : nothing();

@@ -341,8 +341,8 @@ def test_it_is_the_default_on_a_cpu():
 @pytest.mark.parametrize("L", [1, 7, 64])
 def test_small_calls_are_ours(L):
     q, k, v = (torch.randn(1, 2, L, 16) for _ in range(3))
-    for given in (q, q.clone().requires_grad_()):
-        told = str(seqkern.explain(scaled_dot_product_attention, given, k, v)).splitlines()[0]
+    for query in (q, q.clone().requires_grad_()):
+        told = str(seqkern.explain(scaled_dot_product_attention, query, k, v)).splitlines()[0]
         assert told == "(itself) (attention): cpu"
 
 

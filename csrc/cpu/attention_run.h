@@ -21,8 +21,7 @@ void attention_forward_run(const AttentionForward& c, char* shared, const Team& 
         Scratch scratch(sizeof(A) * ShortRows<A, S>::numbers(c));
         A* memory = static_cast<A*>(scratch.p);
         if (!all_ready(team, memory)) return;
-        const Range rows = share(c.B * c.Hq * c.L, team.thread, team.threads);
-        return ShortRows<A, S>{c, memory}.run(rows.begin, rows.end);
+        return ShortRows<A, S>{c, memory}.run(team);
     }
     unsigned long numbers = ForwardUnit<A, S>::numbers(c);
     if (c.weights.p && WeightsUnit<A, S>::numbers(c) > numbers) numbers = WeightsUnit<A, S>::numbers(c);

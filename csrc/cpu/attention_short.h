@@ -17,23 +17,28 @@ struct ShortRows {
     static unsigned long numbers(const AttentionForward& c) { return M * buffer_ld<A>(c.D); }
 
     static bool serves(const AttentionForward& c) {
-        const bool optional = c.start_q || c.mask.p || c.bias.p || c.slopes || c.sinks || c.softcap > 0 ||
-                              c.left >= 0 || c.right > 0 || c.dropout_p > 0 || c.lse.p;
+        const bool optional = c.start_q || c.bottom_right || c.mask.p || c.bias.p || c.slopes || c.sinks ||
+                              c.softcap > 0 || c.left >= 0 || c.right > 0 || c.dropout_p > 0 || c.lse.p;
         if (optional || c.S == 0) return false;
         // Where there are more queries a matmul reads their keys for all of them.
         const long queries = c.L * (c.Hq / c.Hkv);
         return c.S == 1 || (queries == 1 && c.S <= VECTORS * n) || (queries <= n / 2 && c.S <= n);
     }
 
-    // Rows begin.. of all that there are, by sequence, head and query.
-    void run(long begin, long end) const {
-        for (long row = begin; row < end;) {
+    // This thread's rows. Of one key by sequence, query and head, as the output lies: they are little more
+    // than new memory, whose pages two threads had better not share.
+    void run(const Team& team) const {
+        if (c.S == 1) {
+            const Range places = share(c.B * c.L, team.thread, team.threads);
+            for (long at = places.begin; at < places.end; ++at)
+                for (long h = 0; h < c.Hq; ++h) one_key(sequence(c, at / c.L), h, at % c.L);
+            return;
+        }
+        const Range mine = share(c.B * c.Hq * c.L, team.thread, team.threads);
+        for (long row = mine.begin; row < mine.end;) {
             const Sequence s = sequence(c, row / c.L / c.Hq);
-            const long h = row / c.L % c.Hq, i = row % c.L, left = min_of(c.L - i, end - row);
-            if (c.S == 1) {
-                one_key(s, h, i, i + left);
-                row += left;
-            } else if (c.right < 0 && left >= M) {
+            const long h = row / c.L % c.Hq, i = row % c.L, left = min_of(c.L - i, mine.end - row);
+            if (c.right < 0 && left >= M) {
                 rows<M>(s, h, i);
                 row += M;
             } else {
@@ -45,31 +50,22 @@ struct ShortRows {
 
   private:
     // The softmax of one score is 1, unless that is not a finite number.
-    void one_key(const Sequence& s, long h, long begin, long end) const {
+    void one_key(const Sequence& s, long h, long i) const {
         const long kv = h / (c.Hq / c.Hkv);
-        const S *k = row_of<S>(c.k, s, kv, 0), *v = row_of<S>(c.v, s, kv, 0);
-        for (long i = begin; i < end; ++i) {
-            const bool seen = c.right < 0 || i + s.d >= 0;
-            const S* from = row_of<S>(c.q, s, h, i);
-            Vec<A> sums[2] = {};
-            long at = 0;
-            for (; at + 2 * n <= c.D; at += 2 * n) SK_UNROLL
-            for (int j = 0; j < 2; ++j)
-                sums[j] += load_whole<A>(from + at + j * n) * load_whole<A>(k + at + j * n);
-            for (; at < c.D; at += n) sums[0] += load_n<A>(from + at, c.D - at) * load_n<A>(k + at, c.D - at);
-            sums[0] += sums[1];
-            A score = 0;
-            for (long lane = 0; lane < n; ++lane) score += sums[0][lane];
-            score *= query_factor<A>(c);
-            const A hidden = -static_cast<A>(__builtin_inf());
-            if (!seen) score = hidden;
-            const A weight = score == hidden ? A{} : score - score + 1;
-            S* to = row_of<S>(c.output, s, h, i);
-            for (at = 0; at < c.Dv; at += n) {
-                const Vec<A> x = seen ? load_n<A>(v + at, c.Dv - at) * weight : Vec<A>{};
-                store_n<A>(to + at, x, c.Dv - at);
-            }
-        }
+        const S *k = row_of<S>(c.k, s, kv, 0), *v = row_of<S>(c.v, s, kv, 0), *q = row_of<S>(c.q, s, h, i);
+        S* to = row_of<S>(c.output, s, h, i);
+        Vec<A> sums[2] = {};
+        long at = 0;
+        for (; at + 2 * n <= c.D; at += 2 * n) SK_UNROLL
+        for (int j = 0; j < 2; ++j) sums[j] += load_whole<A>(q + at + j * n) * load_whole<A>(k + at + j * n);
+        for (; at < c.D; at += n) sums[0] += load_n<A>(q + at, c.D - at) * load_n<A>(k + at, c.D - at);
+        sums[0] += sums[1];
+        A score = 0;
+        for (long lane = 0; lane < n; ++lane) score += sums[0][lane];
+        score *= query_factor<A>(c);
+        const A weight = score == -static_cast<A>(__builtin_inf()) ? A{} : score - score + 1;
+        for (at = 0; at < c.Dv; at += n)
+            store_n<A>(to + at, load_n<A>(v + at, c.Dv - at) * weight, c.Dv - at);
     }
 
     // Queries that see the same keys.
