@@ -174,3 +174,15 @@ def test_the_short_way_lets_no_wrong_option_pass(options):
     q, k, v = (torch.randn(1, 2, 3, 8) for _ in range(3))
     with pytest.raises((RuntimeError, TypeError, ValueError)):
         attention(q, k, v, **options)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("door", [attention, scaled_dot_product_attention])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_trace_records_the_op_that_knows_gradients(door, grad):
+    q = torch.randn(2, 2, 9, 8)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(lambda q: door(q, q, q) + 1, (q.requires_grad_(grad),))
+        assert "seqkern::attention" in str(traced.graph)
+        other = torch.randn(2, 2, 9, 8, requires_grad=grad)
+        torch.testing.assert_close(traced(other), door(other, other, other) + 1)

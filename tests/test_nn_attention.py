@@ -453,6 +453,8 @@ def test_empty_as_torch(sizes):
     b, n, s = sizes
     q, memory = torch.zeros(b, n, E), torch.zeros(b, s, E)
     assert ours(q, memory, memory)[0].shape == theirs(q, memory, memory)[0].shape
+    for weights in (False, True):
+        assert ours(q, q, q, need_weights=weights)[0].shape == q.shape
 
 
 @pytest.mark.parametrize("backend", FORCED)

@@ -53,7 +53,7 @@ def linear(
 
 def _is_ours(input, weight, bias) -> bool:
     call = (input, weight, bias)
-    if not (isinstance(weight, Tensor) and weight.dim() == 2 and isinstance(input, Tensor)):
+    if not (isinstance(weight, Tensor) and weight.dim() == 2 and isinstance(input, Tensor)) or input.is_nested:
         return False
     if not _backend.special:  # the rule comes first: a small layer is over before more is asked
         return not _backend.torch_outruns("linear", call) and _fits(*call) and _backend.serves_cpu(call)
@@ -65,6 +65,6 @@ def _is_ours(input, weight, bias) -> bool:
 
 def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether sizes and layouts are those of a linear layer; what is wrong with others is torch's to say."""
-    if input.dim() == 0 or input.is_nested or input.shape[-1] != weight.shape[1]:
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         return False
     return bias is None or (isinstance(bias, Tensor) and bias.shape == weight.shape[:1])

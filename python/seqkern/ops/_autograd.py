@@ -48,6 +48,8 @@ def register_autograd(
             return op.redispatch(keyset & after, *inputs)
 
     def direct(*inputs):
+        if torch.compiler.is_compiling():  # also one that follows a backward
+            return op(*inputs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):  # type: ignore[attr-defined]
             return past_transforms(*inputs, None)
         with below():

@@ -151,8 +151,9 @@ def in_transform() -> bool:
 
 
 def is_looked_on() -> bool:
-    """Whether something follows what is done with tensors: a compiler, a transform, forward AD, a mode of dispatch."""
-    if torch.compiler.is_compiling():
+    """Whether something follows what is done with tensors: a compiler, a trace, a transform, forward AD, a mode of
+    dispatch."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     c = torch._C
     functorch, modes = c._are_functorch_transforms_active(), c._len_torch_dispatch_stack()  # type: ignore[attr-defined]
