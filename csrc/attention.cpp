@@ -252,13 +252,16 @@ class Sdpa {
         return true;
     }
 
+    // The output lies as torch's: heads within a row where the queries' do, else plain.
     Tensor run(const Tensor& q) {
+        const bool within = rank_ == 4 && call.Hq > 1 && call.L > 1 && call.q.h < call.q.i;
         const Sizes sizes = {call.B, call.Hq, call.L, call.Dv};
-        const Sizes strides = {call.L * call.Hq * call.Dv, call.Dv, call.Hq * call.Dv, 1};
+        const long h = within ? call.Dv : call.L * call.Dv, i = within ? call.Hq * call.Dv : call.Dv;
+        const Sizes strides = {call.L * call.Hq * call.Dv, h, i, 1};
         Tensor output =
             empty_strided(q, {sizes.end() - rank_, sizes.end()}, {strides.end() - rank_, strides.end()});
         if (call.total_q == 0) return output;
-        call.output = {output.mutable_data_ptr(), strides[0], strides[1], strides[2]};
+        call.output = {output.mutable_data_ptr(), strides[0], h, i};
         attention_forward(call);
         return output;
     }

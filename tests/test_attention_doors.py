@@ -186,3 +186,40 @@ def test_a_trace_records_the_op_that_knows_gradients(door, grad):
         assert "seqkern::attention" in str(traced.graph)
         other = torch.randn(2, 2, 9, 8, requires_grad=grad)
         torch.testing.assert_close(traced(other), door(other, other, other) + 1)
+
+
+def test_batched_gradients_of_gradients():
+    """torch's older vmap, of is_grads_batched, reaches the backwards' ops in wrappers."""
+    q, k, v = (torch.randn(1, 2, 3, 4, dtype=torch.double) for _ in range(3))
+    found = []
+    for door in (scaled_dot_product_attention, math_attention):
+        p = q.clone().requires_grad_()
+        y = door(p, k, v)
+        units = torch.eye(24, dtype=torch.double).view(24, 1, 2, 3, 4)
+        (J,) = torch.autograd.grad(y, p, units, is_grads_batched=True, create_graph=True)
+        found.append(torch.autograd.grad(y.sum() + J.pow(2).sum(), p)[0])
+    torch.testing.assert_close(*found)
+
+
+def math_attention(q, k, v):
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+
+
+@pytest.mark.parametrize("door", [attention, scaled_dot_product_attention])
+def test_gradients_enabled_below_autograd_make_no_graph(door):
+    q = torch.randn(2, 2, 9, 8, requires_grad=True)
+    with torch.inference_mode(), torch.enable_grad():
+        assert not door(q, q, q).requires_grad
+    with torch._C._AutoDispatchBelowAutograd():
+        assert not door(q, q, q).requires_grad
+
+
+@torch.no_grad
+@pytest.mark.parametrize("rank", [2, 3, 4])
+@pytest.mark.parametrize("within", [False, True])
+def test_the_output_lies_as_torchs(rank, within):
+    shape = (2, 9, 4, 8) if within else (2, 4, 9, 8)
+    q = torch.randn(shape[4 - rank :])
+    q = q.transpose(-2, -3) if within and rank > 2 else q
+    got, want = (f(q, q, q) for f in (scaled_dot_product_attention, F.scaled_dot_product_attention))
+    assert got.stride() == (want.stride() if rank == 4 else want.contiguous().stride())

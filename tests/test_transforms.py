@@ -1,5 +1,7 @@
 """Compilers and function transforms: no graph breaks, no silent zeros."""
 
+import io
+
 import pytest
 import torch
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -307,3 +309,51 @@ def test_compile_of_vmap_of_grad():
     _, ours, x = make("GRUCell", {})
     f = vmap(grad(lambda x: first(ours(x)).square().sum()))
     close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
+
+
+TRACED = {
+    "LSTM": (lambda: seqkern.nn.LSTM(4, 4), (5, 2, 4)),
+    "GRUCell": (lambda: seqkern.nn.GRUCell(4, 4), (2, 4)),
+    "TransformerEncoderLayer": (lambda: seqkern.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0), (5, 2, 8)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", TRACED)
+def test_a_trace_can_be_saved(name, grad):
+    make, shape = TRACED[name]
+    module, x = make(), torch.randn(shape)
+    with torch.set_grad_enabled(grad):
+        traced, file = torch.jit.trace(module, (x,), check_trace=False), io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        x = torch.randn(shape)
+        torch.testing.assert_close(torch.jit.load(file)(x), module(x))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch's own looking
+@pytest.mark.parametrize("name", TRACED)
+def test_compiled_autograd_follows_the_backwards(name):
+    make, shape = TRACED[name]
+    module, x = make(), torch.randn(shape)
+
+    def gradients():
+        module.zero_grad()
+        found = module(x)
+        (found if isinstance(found, torch.Tensor) else found[0]).square().sum().backward()
+        return [p.grad.clone() for p in module.parameters()]
+
+    want = gradients()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        got = gradients()
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_gradients_enabled_in_inference_mode_make_no_graph(name):
+    make, shape = TRACED[name]
+    module, x = make(), torch.randn(shape, requires_grad=True)
+    with torch.inference_mode(), torch.enable_grad():
+        found = module(x)
+    assert not (found if isinstance(found, torch.Tensor) else found[0]).requires_grad

@@ -25,16 +25,20 @@ struct ShortRows {
         return c.S == 1 || (queries == 1 && c.S <= VECTORS * n) || (queries <= n / 2 && c.S <= n);
     }
 
-    // This thread's rows. Of one key by sequence, query and head, as the output lies: they are little more
-    // than new memory, whose pages two threads had better not share.
+    // This thread's rows. Of one key in the order that the output lies in: they are little more than new
+    // memory, whose pages two threads had better not share.
     void run(const Team& team) const {
+        const Range mine = share(c.B * c.Hq * c.L, team.thread, team.threads);
         if (c.S == 1) {
-            const Range places = share(c.B * c.L, team.thread, team.threads);
-            for (long at = places.begin; at < places.end; ++at)
-                for (long h = 0; h < c.Hq; ++h) one_key(sequence(c, at / c.L), h, at % c.L);
+            const bool within = c.output.h < c.output.i;  // heads within a row
+            const long inner = within ? c.Hq : c.L, outer = within ? c.L : c.Hq;
+            for (long row = mine.begin; row < mine.end;) {
+                const Sequence s = sequence(c, row / c.L / c.Hq);
+                const long at = row / inner % outer, end = min_of(mine.end, (row / inner + 1) * inner);
+                for (; row < end; ++row) one_key(s, within ? row % inner : at, within ? at : row % inner);
+            }
             return;
         }
-        const Range mine = share(c.B * c.Hq * c.L, team.thread, team.threads);
         for (long row = mine.begin; row < mine.end;) {
             const Sequence s = sequence(c, row / c.L / c.Hq);
             const long h = row / c.L % c.Hq, i = row % c.L, left = min_of(c.L - i, mine.end - row);

@@ -53,7 +53,10 @@ def linear(
 
 def _is_ours(input, weight, bias) -> bool:
     call = (input, weight, bias)
-    if not (isinstance(weight, Tensor) and weight.dim() == 2 and isinstance(input, Tensor)) or input.is_nested:
+    if (
+        not (isinstance(weight, Tensor) and weight.dim() == 2 and isinstance(input, Tensor))
+        or input.is_nested
+    ):
         return False
     if not _backend.special:  # the rule comes first: a small layer is over before more is asked
         return not _backend.torch_outruns("linear", call) and _fits(*call) and _backend.serves_cpu(call)

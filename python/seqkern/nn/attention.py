@@ -72,7 +72,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             key_padding_mask = key_padding_mask[None]
         if same and query is key and key is value:
             three = linear(query, self.in_proj_weight, self.in_proj_bias)
-            three = three.view(*((1,) if unbatched else ()), *query.shape[:-1], 3, self.num_heads, self.head_dim)
+            three = three.view(
+                *((1,) if unbatched else ()), *query.shape[:-1], 3, self.num_heads, self.head_dim
+            )
             q, k, v = three.permute((2, 0, 3, 1, 4) if first == 0 else (2, 1, 3, 0, 4)).unbind()
         else:
             q, k, v = self._project(query, key, value)

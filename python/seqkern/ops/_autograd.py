@@ -13,18 +13,23 @@ def register_autograd(
     backward: Callable,
     setup_context: Callable,
     defaults: tuple = (),
+    in_backwards: bool = False,
 ) -> Callable:
     """Registers ``backward(ctx, *grads)`` and ``setup_context(ctx, inputs, output)`` as torch.library's function does.
 
     ``ctx.needs_input_grad`` has an entry more than the op has arguments, at its end. ``defaults`` are those of the
     schema's last arguments, all of which ``inputs`` holds.
 
-    Returns the op as a function that goes to its gradient or to its kernel without the dispatcher's way through Python:
-    for tensors and places that `seqkern.ops._backend.is_looked_on` does not speak of, and for backwards.
+    Returns the op as a function that goes to its gradient or to its kernel without the dispatcher's way through Python,
+    where `seqkern.ops._backend.is_looked_on` says no. An op that runs ``in_backwards``, within those of others, whose
+    gradients may be batched, goes so to its kernel alone.
     """
     op = getattr(torch.ops.seqkern, name).default
     call = op._op
-    below, after = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset  # type: ignore[attr-defined]
+    c = torch._C
+    any_grad, excluded = c._any_requires_grad, c._dispatch_tls_is_dispatch_key_excluded  # type: ignore[attr-defined]
+    below, after = c._AutoDispatchBelowAutograd, c._after_autograd_keyset  # type: ignore[attr-defined]
+    autograd = c.DispatchKey.AutogradFunctionality
 
     def forward(ctx, *arguments):
         *inputs, keyset = arguments
@@ -38,10 +43,10 @@ def register_autograd(
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of)}
     gradient = type(f"{name}_gradient", (Function,), methods)
-    past_transforms = super(Function, gradient).apply  # without what Function.apply looks for
+    past_transforms = super(Function, gradient).apply  # type: ignore[attr-defined]  # without what Function.apply asks
 
     def run(keyset, *inputs):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):  # type: ignore[attr-defined]
+        if torch.is_grad_enabled() and any_grad(*inputs):
             missing = len(op._schema.arguments) - len(inputs) if defaults else 0
             return gradient.apply(*inputs, *defaults[len(defaults) - missing :], keyset)
         with below():
@@ -50,8 +55,9 @@ def register_autograd(
     def direct(*inputs):
         if torch.compiler.is_compiling():  # also one that follows a backward
             return op(*inputs)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):  # type: ignore[attr-defined]
-            return past_transforms(*inputs, None)
+        if torch.is_grad_enabled() and any_grad(*inputs):
+            # Inference mode and what else runs below autograd make no graph, whatever is enabled within.
+            return op(*inputs) if in_backwards or excluded(autograd) else past_transforms(*inputs, None)
         with below():
             return call(*inputs)
 

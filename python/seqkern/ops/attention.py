@@ -173,10 +173,9 @@ def _forward_fake(*arguments):
 @torch.library.register_fake("seqkern::sdpa", lib=_LIBRARY)
 def _sdpa_fake(query, key, value, attn_mask, is_causal, scale, enable_gqa):
     shape = (*query.shape[:-1], value.shape[-1])
-    if len(shape) == 2:
-        return query.new_empty(shape)
-    *batch, H, L, Dv = shape
-    return query.new_empty((*batch, L, H, Dv)).transpose(-2, -3)
+    if len(shape) == 4 and shape[1] > 1 and shape[2] > 1 and query.stride(1) < query.stride(2):
+        return empty_heads(query, shape)
+    return query.new_empty(shape)
 
 
 @torch.library.register_fake("seqkern::attention_backward", lib=_LIBRARY)
@@ -228,4 +227,6 @@ def _backward_backward(ctx, *grad_grads):
 
 
 direct_attention = register_autograd(_LIBRARY, "attention", _forward_backward, _forward_setup)
-_direct_backward = register_autograd(_LIBRARY, "attention_backward", _backward_backward, _backward_setup)
+_direct_backward = register_autograd(
+    _LIBRARY, "attention_backward", _backward_backward, _backward_setup, in_backwards=True
+)

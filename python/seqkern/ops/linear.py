@@ -66,4 +66,4 @@ def _backward_mm(ctx, grad):
 
 
 direct_linear = register_autograd(_LIBRARY, "linear", _backward, _setup, defaults=(0,))
-_direct_mm = register_autograd(_LIBRARY, "mm", _backward_mm, _setup_mm)
+_direct_mm = register_autograd(_LIBRARY, "mm", _backward_mm, _setup_mm, in_backwards=True)

@@ -176,4 +176,6 @@ def _backward_backward(ctx, *grad_grads):
 
 
 direct_rnn = register_autograd(_LIBRARY, "rnn_forward", _forward_backward, _forward_setup)
-_direct_backward = register_autograd(_LIBRARY, "rnn_backward", _backward_backward, _backward_setup)
+_direct_backward = register_autograd(
+    _LIBRARY, "rnn_backward", _backward_backward, _backward_setup, in_backwards=True
+)
