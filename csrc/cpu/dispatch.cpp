@@ -85,18 +85,20 @@ using Clock = std::chrono::steady_clock;
 std::atomic<long> lost_waiting{0}, crowded_until{0};
 constexpr long CROWDED_FOR = 200'000'000;
 
-// What the groups of a call that met in every step lost. After a time alone half of a crowd is enough.
+// What the team of a call, and its groups that met in every step, lost. After a time alone half of a crowd is
+// enough.
 void settle(Barrier* barriers, int threads) {
     const long now = nanoseconds();
     long most = 0;
     bool met = false;
-    for (int i = 0; i < threads; ++i) {
+    for (int i = 0; i <= threads; ++i) {
         Barrier& b = barriers[i];
-        if (!b.phase) continue;
+        if (!b.phase || (i == threads && !b.waited)) continue;
         met = true;
         b.settle(b.waited, now);
-        if (b.alone_from) crowded_until = now + CROWDED_FOR;
-        most = std::max(most, b.alone_from ? Barrier::CROWD / 2 : std::min(b.lost, Barrier::CROWD));
+        const bool crowd = b.alone_from || b.lost > Barrier::CROWD;
+        if (crowd) crowded_until = now + CROWDED_FOR;
+        most = std::max(most, crowd ? Barrier::CROWD / 2 : b.lost);
     }
     if (met) lost_waiting = most;
 }

@@ -44,10 +44,11 @@ SK_INLINE int barrier(Barrier* b, int threads, bool counted = false) {
     return phase + 1;
 }
 
-// The first barrier of a call. False where a thread of the team came without its memory.
+// The first barrier of a call. False where a thread of the team came without its memory. Who waits long waits
+// for a thread that found no core to start on.
 SK_INLINE bool all_ready(const Team& team, const void* scratch) {
     if (!scratch) __atomic_store_n(team.failed, 1, __ATOMIC_RELAXED);
-    barrier(&team.barriers[team.threads], team.threads);
+    barrier(&team.barriers[team.threads], team.threads, true);
     return !__atomic_load_n(team.failed, __ATOMIC_RELAXED);
 }
 
