@@ -341,7 +341,7 @@ Gradients backward_op(Maybe grad_output, Maybe grad_lse, Maybe grad_weights, Ten
     if (need_query) {
         d_q = args.packed ? empty(query, sizes_q, args.wide) : empty_heads(query, sizes_q, args.wide);
         const int64_t bytes = d_q.numel() * (args.wide == ScalarType::Double ? 8 : 4);
-        if (bytes < (1 << 16))  // torch fills by several threads, from behind its dispatcher
+        if (bytes > 0 && bytes < (1 << 16))  // torch fills by several threads, from behind its dispatcher
             std::memset(d_q.mutable_data_ptr(), 0, bytes);
         else
             torch::stable::zero_(d_q);

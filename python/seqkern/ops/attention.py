@@ -16,7 +16,8 @@ that was not asked for, or whose tensor is absent, has shape [0]. No result shar
 A backend adds an implementation for its device; where none has, the spec runs.
 
 ``seqkern::sdpa`` has the arguments of torch's scaled_dot_product_attention but the dropout, and no gradient: the
-compiled kernels by a way so short that it does not count in a small call. It returns None where they do not serve.
+compiled kernels by a way so short that it does not count in a small call. It returns None where they do not serve. Its
+output lies as torch's: heads within a row where the queries' do, else plain.
 """
 
 from collections.abc import Sequence
