@@ -37,19 +37,15 @@ def tensors(q, k, v, dtype=torch.float32):
     return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in (q, k, v)]
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    NATIVE.force_isa(request.param)
-    yield request.param
-    NATIVE.force_isa(None)
-
-
 @pytest.mark.parametrize("sizes", FEW_KEYS, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(  # every dtype on one instruction set, every instruction set with one dtype
+    ("isa", "dtype"),
+    [*((ISAS[-1], dtype) for dtype in DTYPES), *((isa, torch.float32) for isa in ISAS[:-1])],
+    indirect=["isa"],
+    ids=str,
+)
 def test_few_keys(isa, dtype, causal, sizes):
-    if isa != ISAS[-1] and dtype != torch.float32:
-        pytest.skip("every dtype on one instruction set, every instruction set with one dtype")
     t = make_case(dtype, **sizes).tensors
     q, k, v = t.query, t.key, t.value
     got = sdpa(q, k, v, causal=causal, gqa=True)

@@ -322,26 +322,23 @@ TRACED = {
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", TRACED)
 def test_a_trace_can_be_saved(name, grad):
-    make, shape = TRACED[name]
-    module, x = make(), torch.randn(shape)
+    module, x = TRACED[name][0](), torch.randn(TRACED[name][1])
     with torch.set_grad_enabled(grad):
         traced, file = torch.jit.trace(module, (x,), check_trace=False), io.BytesIO()
         torch.jit.save(traced, file)
         file.seek(0)
-        x = torch.randn(shape)
+        x = torch.randn_like(x)
         torch.testing.assert_close(torch.jit.load(file)(x), module(x))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch's own looking
 @pytest.mark.parametrize("name", TRACED)
 def test_compiled_autograd_follows_the_backwards(name):
-    make, shape = TRACED[name]
-    module, x = make(), torch.randn(shape)
+    module, x = TRACED[name][0](), torch.randn(TRACED[name][1])
 
     def gradients():
         module.zero_grad()
-        found = module(x)
-        (found if isinstance(found, torch.Tensor) else found[0]).square().sum().backward()
+        first(module(x)).square().sum().backward()
         return [p.grad.clone() for p in module.parameters()]
 
     want = gradients()
@@ -352,8 +349,7 @@ def test_compiled_autograd_follows_the_backwards(name):
 
 @pytest.mark.parametrize("name", TRACED)
 def test_gradients_enabled_in_inference_mode_make_no_graph(name):
-    make, shape = TRACED[name]
-    module, x = make(), torch.randn(shape, requires_grad=True)
+    module, x = TRACED[name][0](), torch.randn(TRACED[name][1], requires_grad=True)
     with torch.inference_mode(), torch.enable_grad():
-        found = module(x)
-    assert not (found if isinstance(found, torch.Tensor) else found[0]).requires_grad
+        found = first(module(x))
+    assert not found.requires_grad

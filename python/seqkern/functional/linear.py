@@ -40,8 +40,7 @@ def linear(
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation is {activation!r}, expected 'relu', 'gelu' or None")
     if not _is_ours(input, weight, bias):
-        output = F.linear(input, weight, bias)
-        return output if activation is None else _FUNCTIONS[activation](output)
+        return _FUNCTIONS[activation](F.linear(input, weight, bias))
     exact = activation == "gelu" and (
         weight.dtype is torch.float64 or _backend.needs_grad((input, weight, bias))
     )

@@ -155,9 +155,7 @@ def is_looked_on() -> bool:
     dispatch."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
-    c = torch._C
-    functorch, modes = c._are_functorch_transforms_active(), c._len_torch_dispatch_stack()  # type: ignore[attr-defined]
-    return functorch or modes > 0 or forward_ad._current_level >= 0
+    return in_transform() or torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
 
 
 def lacks_features(tensors: tuple[Tensor | None, ...]) -> bool:
