@@ -324,6 +324,8 @@ def test_fresh_process_tells_first_call_and_memory():
 def test_working_sets_fit_their_level():
     sets = limits.working_sets({1: 32 << 10, 2: 1 << 20, 3: 32 << 20}, 2)
     assert sets == {"L2": 1 << 20, "L3": 16 << 20, "memory": 512 << 20}
+    shared = limits.working_sets({2: 2 << 20, 3: 260 << 20}, 2)
+    assert shared == {"L2": 2 << 20, "L3": 16 << 20, "memory": 512 << 20}
     assert limits.working_sets({}, 2) == {"memory": 512 << 20}
     assert "L3" not in limits.working_sets({2: 1 << 20, 3: 4 << 20}, 4)
 

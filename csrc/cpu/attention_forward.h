@@ -66,12 +66,17 @@ template <class A>
 struct ForwardPlan {
     static constexpr long n = Simd<A>::n, W = Panel<A>::W, ROWS = 128, MOST = ROWS / W, SPLIT = 1024,
                           UNITS = 32, UNITS_OF_A_THREAD = 4;
-    // From here on a panel, of which half is computed, is quicker than lanes of keys.
-    static constexpr long FEW = SEQKERN_ACCUMULATORS < 16 ? n / 2 : n;
+    // With more queries a panel, of which half is computed, is quicker than lanes of keys: their sums are
+    // joined across lanes, which a few multiply-adds each do not pay for.
+    static long few_of(long width) {
+        if (SEQKERN_ACCUMULATORS < 16) return n / 2;
+        return width <= 64 ? n / 3 : width <= 128 ? n / 2 : n;
+    }
     long together, blocks, splits, Nv;  // panels of a unit, units of a group, parts of the keys
     bool few;                           // queries of a group fit in one vector
 
-    explicit ForwardPlan(const AttentionForward& c) : Nv(padded<A>(c.Dv)), few(c.Hq / c.Hkv * c.L <= FEW) {
+    explicit ForwardPlan(const AttentionForward& c)
+        : Nv(padded<A>(c.Dv)), few(c.Hq / c.Hkv * c.L <= few_of(c.D + c.Dv)) {
         const long panels = HeadGroup<A>::panels_for(c.Hq / c.Hkv, c.L), groups = c.B * c.Hkv;
         splits = groups * panels < UNITS && c.S >= 2 * SPLIT ? ceil_div(c.S, SPLIT) : 1;
         const long wanted = c.threads == 1 ? 1 : c.threads * UNITS_OF_A_THREAD;
@@ -183,7 +188,8 @@ struct ForwardUnit {
                 const Scores<A> scores(c, s, panels[p]);
                 scores.template fetch<S>(here);
                 (half ? gemm<A, 1> : gemm<A, 2>)(size, kr.p + skip * kr.ld, kr.ld,
-                                                 {columns + p * c.D * W, W, 0}, 1, c.D, tile, W, 0, false);
+                                                 {columns + p * c.D * W, W, 0}, 1, c.D, tile, W, 0, false,
+                                                 nullptr);
                 scores.template apply<S>(tile, W, here, nullptr);
                 const long fading = begun[p] ? panels[p].count : 0;
                 if (half) {

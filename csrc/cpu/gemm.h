@@ -98,11 +98,16 @@ struct Lead {
     long K;
 };
 
+// Whether a tile asks for a line with each step along k, into the second-level cache: what the third level
+// gives by itself to machines with AVX-512 can be a quarter of what their multiply-adds take.
+constexpr bool ASKS_AHEAD = SEQKERN_VECTOR_BYTES == 64;
+
+// ahead: the first of the lines that are asked for, or null.
 // Numbers one by one: a struct of them would be written in parts and read as a whole, which no processor
 // forwards, so that each tile would wait until the one before it has left the pipeline.
 template <class E, int MR, int NV, int NP, bool KMAJOR, bool LED = false>
 void tile(const E* __restrict a, long lda, const E* __restrict b, long ldb, long b_stride, long K, Sum<E>* o,
-          long ldo, long o_stride, bool accumulate, const Lead<E>* lead) {
+          long ldo, long o_stride, bool accumulate, const Lead<E>* lead, const E* ahead) {
     using F = Factor<E>;
     using A = Sum<E>;
     constexpr int n = Simd<A>::n;
@@ -112,6 +117,8 @@ void tile(const E* __restrict a, long lda, const E* __restrict b, long ldb, long
     for (int m = 0; m < MR; ++m) SK_UNROLL
     for (int v = 0; v < NV; ++v) acc[p][m][v] = Vec<A>{};
     const Lead<E> last = {a, lda, b, K};
+    const char* line = reinterpret_cast<const char*>(ahead ? ahead : b);
+    const long line_bytes = ahead ? 64 : 0;
     for (int product = LED ? 0 : 1; product < 2; ++product) {
         if constexpr (LED) {
             const Lead<E>& now = product ? last : *lead;
@@ -135,6 +142,10 @@ void tile(const E* __restrict a, long lda, const E* __restrict b, long ldb, long
                 for (int v = 0; v < NV; ++v) F::add(acc[p][m][v], s, bv[p][v]);
             }
             b += ldb;
+            if constexpr (ASKS_AHEAD) {
+                __builtin_prefetch(line, 0, 2);
+                line += line_bytes;
+            }
             if (KMAJOR) {
                 a += lda;
             } else {
@@ -153,8 +164,8 @@ void tile(const E* __restrict a, long lda, const E* __restrict b, long ldb, long
 }
 
 template <class E>
-using TileFn = void (*)(const E*, long, const E*, long, long, long, Sum<E>*, long, long, bool,
-                        const Lead<E>*);
+using TileFn = void (*)(const E*, long, const E*, long, long, long, Sum<E>*, long, long, bool, const Lead<E>*,
+                        const E*);
 
 template <class E, int NV, int NP, bool KMAJOR, bool LED = false, int MR = max_rows<NV>()>
 SK_INLINE TileFn<E> find_tile(long rows) {
@@ -179,12 +190,14 @@ __attribute__((noinline)) TileFn<E> tile_for(long rows, long panels) {
 template <class E>
 constexpr long K_BLOCK = 1024 * Factor<E>::depth;
 
-// o[panel][row][W] (+)= a[row][k] b[panel][k][W]; KMAJOR: a[k][row]
+// o[panel][row][W] (+)= a[row][k] b[panel][k][W]; KMAJOR: a[k][row]. next: the packed panel that a later call
+// begins with, or null.
 template <class E, int NV, bool KMAJOR = false>
 void gemm(long M, const E* a, long lda, const Panels<E>& b, long panels, long K, Sum<E>* o, long ldo,
-          long o_stride, bool accumulate) {
+          long o_stride, bool accumulate, const E* next = nullptr) {
     if (M <= 0) return;
     constexpr int STEP = Factor<E>::depth;
+    constexpr long W = NV * Simd<Sum<E>>::n * STEP, LINE = 64 / sizeof(E);  // numbers in a step, in a line
     long tiles = ceil_div(M, max_rows<NV>()), base = M / tiles, longer = M % tiles;
     for (long k0 = 0; k0 == 0 || k0 < K; k0 += K_BLOCK<E>) {
         long depth = min_of(K_BLOCK<E>, K - k0);
@@ -194,12 +207,18 @@ void gemm(long M, const E* a, long lda, const Panels<E>& b, long panels, long K,
             if (group == 3) group = 2;
             TileFn<E> small = tile_for<E, NV, KMAJOR>(base, group);
             TileFn<E> large = longer ? tile_for<E, NV, KMAJOR>(base + 1, group) : small;
+            const E* ahead = p + group < panels ? b.at(p + group, k0)
+                             : k0 + depth < K   ? b.at(0, k0 + depth)
+                                                : next;
+            const long asked = depth / STEP * LINE;  // by a tile
+            long to_ask = ahead && b.ld == W ? group * (b.at(0, depth) - b.at(0)) : 0;
             for (long i = 0, row = 0; i < tiles; ++i) {
                 long rows = base + (i < longer);
                 (i < longer ? large : small)(from + row * (KMAJOR ? STEP : lda), lda, b.at(p, k0), b.ld,
                                              b.stride, depth, o + p * o_stride + row * ldo, ldo, o_stride,
-                                             accumulate || k0 > 0, nullptr);
-                row += rows;
+                                             accumulate || k0 > 0, nullptr,
+                                             to_ask > 0 ? ahead + i * asked : nullptr);
+                row += rows, to_ask -= asked;
             }
             p += group;
         }
@@ -215,7 +234,7 @@ SK_INLINE void gemm_led(long M, Lead<E> lead, const E* a, long lda, const E* b, 
     for (long i = 0; i < tiles; ++i) {
         const long row = M * i / tiles, rows = M * (i + 1) / tiles - row;
         find_tile<E, NV, 1, false, true>(rows)(a + row * lda, lda, b, ldb, 0, K, o + row * ldo, ldo, 0, false,
-                                               &lead);
+                                               &lead, nullptr);
         lead.a += rows * lead.lda;
     }
 }

@@ -86,6 +86,10 @@ struct DenseProduct {
                 const E* a = rows_of_a(r, m, k0, depth);
                 for (long p = 0; p < count; ++p) {
                     A* o = sums + (in_one_block() ? 0 : (p * chunk + r - row) * W);
+                    if (k0 + depth == c.depth) {
+                        const S* to = static_cast<const S*>(c.out) + r * c.columns + (first + p) * W;
+                        for (long i = 0; i < m; ++i) ask_for(to + i * c.columns, W);
+                    }
                     if (c.a_by_depth)
                         gemm<E, 2, true>(m, a, lda, b.from(p), 1, depth, o, W, 0, k0 > 0);
                     else

@@ -157,7 +157,7 @@ struct BackwardScan {
     };
     Buffers lay_out(Arena& arena, const Team& team) const {
         constexpr int MR = max_rows<2>();
-        return {arena.take<E>(chunk * MR + 2 * n), arena.take<A>(MR * PW),
+        return {arena.take<E>(blocks_kept(team.threads) * chunk * MR + 2 * n), arena.take<A>(MR * PW),
                 c.d_input ? arena.take<A>(ceil_div(chunk, team.threads) * s.blocks_i * PW) : nullptr,
                 projected ? arena.take<A>(c.B * s.blocks_h * PW) : nullptr};
     }
@@ -390,25 +390,48 @@ struct BackwardScan {
         return Vec<A>{};
     }
 
+    // Panels of inputs and states that stay in a core's second-level cache while all columns of gates meet
+    // them; with AVX2 all at once.
+    static constexpr unsigned long PANEL_BYTES = 512u << 10;
+    long panels_together() const {
+        const long all = s.blocks_i + s.blocks_p;
+        if (SEQKERN_VECTOR_BYTES != 64) return all;
+        return max_of(1, min_of(all, static_cast<long>(PANEL_BYTES / (sizeof(E) * chunk * PW))));
+    }
+    long gate_blocks() const { return KEPT * ceil_div(c.H, max_rows<2>()); }
+    // Blocks of columns that a thread keeps packed.
+    long blocks_kept(long threads) const {
+        return panels_together() < s.blocks_i + s.blocks_p ? ceil_div(gate_blocks(), threads) : 1;
+    }
+
     void weight_gradients(int i, long rows, bool add, const Team& team, const Buffers& buf) {
         if (rows == 0) return;
-        const long blocks = ceil_div(c.H, max_rows<2>());
-        for (long item = team.thread; item < KEPT * blocks; item += team.threads) {
-            const long kept = item / blocks;
-            Range units = share(c.H, item % blocks, blocks);
-            const long width = units.end - units.begin;
-            const bool x_side = !CellT::APART || kept < G, r_side = !CellT::APART || kept > 0;
-            const long x_row = x_weight_row(kept * c.H) + units.begin, r_row = x_row;
-            const E* from = d[i].gates + kept * c.H + units.begin;
-            A sums[max_rows<2>() + n];
-            pack_block(buf.block, from, ld_gates, width, rows, sums);
-            if (x_side) {
-                block_gradient(buf, width, rows, d[i].x, c.I, {d[i].d_w_ih, c.d_weights[i].w_ih}, x_row, add);
-                bias_gradient(d[i].d_b_ih, x_row, sums, width, add);
-            }
-            if (r_side) {
-                block_gradient(buf, width, rows, d[i].h, c.P, {d[i].d_w_hh, c.d_weights[i].w_hh}, r_row, add);
-                bias_gradient(d[i].d_b_hh, r_row, sums, width, add);
+        const long blocks = ceil_div(c.H, max_rows<2>()), all = s.blocks_i + s.blocks_p,
+                   together = panels_together();
+        for (long p = 0; p < all; p += together) {
+            const Range x_panels = {min_of(p, s.blocks_i), min_of(p + together, s.blocks_i)},
+                        h_panels = {max_of(p - s.blocks_i, 0), min_of(p + together, all) - s.blocks_i};
+            E* block = buf.block;
+            for (long item = team.thread; item < KEPT * blocks; item += team.threads) {
+                const long kept = item / blocks;
+                Range units = share(c.H, item % blocks, blocks);
+                const long width = units.end - units.begin;
+                const bool x_side = !CellT::APART || kept < G, r_side = !CellT::APART || kept > 0;
+                const long x_row = x_weight_row(kept * c.H) + units.begin, r_row = x_row;
+                if (p == 0) {
+                    const E* from = d[i].gates + kept * c.H + units.begin;
+                    A sums[max_rows<2>() + n];
+                    pack_block(block, from, ld_gates, width, rows, sums);
+                    if (x_side) bias_gradient(d[i].d_b_ih, x_row, sums, width, add);
+                    if (r_side) bias_gradient(d[i].d_b_hh, r_row, sums, width, add);
+                }
+                if (x_side)
+                    block_gradient(block, buf.tile, width, rows, d[i].x, x_panels, c.I,
+                                   {d[i].d_w_ih, c.d_weights[i].w_ih}, x_row, add);
+                if (r_side)
+                    block_gradient(block, buf.tile, width, rows, d[i].h, h_panels, c.P,
+                                   {d[i].d_w_hh, c.d_weights[i].w_hh}, r_row, add);
+                if (together < all) block += whole_steps<E>(rows) * width;
             }
         }
         const long out_blocks = projected ? ceil_div(c.P, max_rows<2>()) : 0;
@@ -416,8 +439,8 @@ struct BackwardScan {
             Range units = share(c.P, item, out_blocks);
             A sums[max_rows<2>() + n];
             pack_block(buf.block, d[i].dh + units.begin, s.ld_p, units.end - units.begin, rows, sums);
-            block_gradient(buf, units.end - units.begin, rows, d[i].full, c.H,
-                           {d[i].d_w_hr, c.d_weights[i].w_hr}, units.begin, add);
+            block_gradient(buf.block, buf.tile, units.end - units.begin, rows, d[i].full, {0, s.blocks_h},
+                           c.H, {d[i].d_w_hr, c.d_weights[i].w_hr}, units.begin, add);
         }
     }
 
@@ -453,19 +476,21 @@ struct BackwardScan {
         A* sums;
         void* out;
     };
-    // Rows [first, first + width) of a gradient [..][columns] (+)= block^T b, b in panels.
-    void block_gradient(const Buffers& buf, long width, long rows, const E* b, long columns, Gradient to,
-                        long first, bool add) const {
+    // Rows [first, first + width) of some panels of a gradient [..][columns] (+)= block^T b.
+    void block_gradient(const E* block, A* tile, long width, long rows, const E* b, Range panels,
+                        long columns, Gradient to, long first, bool add) const {
         TileFn<E> run = tile_for<E, 2, true>(width, 1);
-        for (long p = 0; p * PW < columns; ++p) {
+        for (long p = panels.begin; p < panels.end; ++p) {
             const Panels<E> panel = packed_panels(b, chunk, PW, p);
-            run(buf.block, width * F::depth, panel.first, panel.ld, 0, rows, buf.tile, PW, 0, false, nullptr);
+            for (long m = 0; to.sums && m < width; ++m) ask_for(to.sums + (first + m) * columns + p * PW, PW);
+            run(block, width * F::depth, panel.first, panel.ld, 0, rows, tile, PW, 0, false, nullptr,
+                p + 1 < panels.end ? panel.at(1) : nullptr);
             for (long m = 0; m < width; ++m) {
                 const long at = (first + m) * columns + p * PW;
                 if (at_once) {
-                    emit(static_cast<S*>(to.out) + at, buf.tile + m * PW, columns - p * PW, false);
+                    emit(static_cast<S*>(to.out) + at, tile + m * PW, columns - p * PW, false);
                 } else {
-                    emit(to.sums + at, buf.tile + m * PW, columns - p * PW, add);
+                    emit(to.sums + at, tile + m * PW, columns - p * PW, add);
                 }
             }
         }

@@ -80,14 +80,15 @@ void pack_gates(E* to, const S* w, long K, const Shape<CellT, A>& s, long panel)
 // o[panel][row][W] (+)= a[row][K] times the packed gates of panel `first` and those behind it.
 template <class CellT, class E, class A>
 void gates_times(long rows, const E* a, long lda, const E* packed, long first, long panels, long K, A* o,
-                 long o_stride, bool accumulate) {
+                 long o_stride, bool accumulate, long next = -1) {
     using Sh = Shape<CellT, A>;
     constexpr int width = Sh::PART * Sh::n;
     const long stride = whole_steps<E>(K) * Sh::W;
     for (int part = 0; part < Sh::PARTS; ++part) {
         const Panels<E> b{packed + first * stride + part * whole_steps<E>(K) * width,
                           width * Factor<E>::depth, stride};
-        gemm<E, Sh::PART>(rows, a, lda, b, panels, K, o + part * width, Sh::W, o_stride, accumulate);
+        gemm<E, Sh::PART>(rows, a, lda, b, panels, K, o + part * width, Sh::W, o_stride, accumulate,
+                          next < 0 ? nullptr : b.at(next - first));
     }
 }
 

@@ -350,8 +350,9 @@ struct ForwardScan {
         const E* a = h_prev + g.rows_begin * s.ld_p;
         const Rows to = rows_of(g, h_prev, h_next, row0);
         const long group = panels_together(m);
-        // Every other step runs backwards through the weights, and meets in L1 what the one before read last.
-        const bool backwards = lying_h && step % 2;
+        // Every other step runs backwards through the weights, and meets in a cache what the one before read
+        // last.
+        const bool backwards = step % 2;
         for (long at = 0; m > 0 && at < panels; at += group) {
             const long count = min_of(group, panels - at), p = backwards ? panels - at - count : at;
             A* out = CellT::APART ? buf.r : x + p * x_stride;
@@ -367,8 +368,10 @@ struct ForwardScan {
                         gates_of_both<CellT>(m, x_rows, s.ld_i, d[dir].w_ih, c.I, a, s.ld_p, d[dir].w_hh, c.P,
                                              p0 + p + i, x + (p + i) * x_stride);
             } else {
+                const long next = !backwards ? p + count : p ? max_of(0, p - group) : -1;
                 gates_times<CellT, E, A>(m, a, s.ld_p, d[dir].w_hh, p0 + p, count, c.P, out,
-                                         CellT::APART ? m * W : x_stride, !CellT::APART);
+                                         CellT::APART ? m * W : x_stride, !CellT::APART,
+                                         next < panels && next >= 0 ? p0 + next : -1);
             }
             if (m == 1) {
                 cell_panels(dir, p0 + p, count, x + p * x_stride, x_stride, buf.r, to);

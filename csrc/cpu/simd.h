@@ -68,6 +68,12 @@ SK_INLINE Vec<A> load(const A* p) {
     return *reinterpret_cast<const typename Simd<A>::Unaligned*>(p);
 }
 
+// Asks for the lines of p[0..count), which are written soon.
+template <class A>
+SK_INLINE void ask_for(const A* p, long count) {
+    for (long j = 0; j < count; j += 64 / static_cast<long>(sizeof(A))) __builtin_prefetch(p + j, 1);
+}
+
 template <class A>
 SK_INLINE void store(A* p, Vec<A> v) {
     *reinterpret_cast<typename Simd<A>::Unaligned*>(p) = v;
@@ -168,25 +174,29 @@ SK_INLINE typename Simd<A>::I load_bytes(const unsigned char* p) {
     return __builtin_convertvector(bytes, typename Simd<A>::I);
 }
 
-// A whole vector. Sixteen-bit numbers are converted in integer arithmetic: compilers split _Float16 vectors.
+// Sixteen-bit numbers are converted in integer arithmetic: compilers split _Float16 vectors.
+template <class S>
+SK_INLINE Vec<float> widened(Simd<float>::Shorts found) {
+    using U = typename Simd<float>::U;
+    if constexpr (__is_same(S, half) && HALVES_CONVERT) return wide(found);
+    const U bits = __builtin_convertvector(found, U);
+    if constexpr (__is_same(S, bfloat)) {
+        return (Vec<float>)(bits << 16);
+    } else {
+        // The exponent's bias moves by 112 in a multiplication, which also makes subnormal numbers normal.
+        const U size = bits & 0x7fffu, special = (U)(size > 0x7bffu) & 0x7f800000u;
+        const U scaled = (U)((Vec<float>)(size << 13) * 0x1p112f);
+        return (Vec<float>)(scaled | special | (bits & 0x8000u) << 16);
+    }
+}
+
+// A whole vector.
 template <class A, class S>
 SK_INLINE Vec<A> load_whole(const S* p) {
     if constexpr (__is_same(A, S)) {
         return load<A>(p);
     } else {
-        using U = typename Simd<A>::U;
-        const typename Simd<A>::Shorts found = *reinterpret_cast<const typename Simd<A>::Shorts*>(p);
-        if constexpr (__is_same(S, half) && HALVES_CONVERT) return wide(found);
-        const U bits = __builtin_convertvector(found, U);
-        if constexpr (__is_same(S, bfloat)) {
-            return (Vec<A>)(bits << 16);
-        } else {
-            // The exponent's bias moves by 112 in a multiplication, which also makes subnormal numbers
-            // normal.
-            const U size = bits & 0x7fffu, special = (U)(size > 0x7bffu) & 0x7f800000u;
-            const U scaled = (U)((Vec<A>)(size << 13) * 0x1p112f);
-            return (Vec<A>)(scaled | special | (bits & 0x8000u) << 16);
-        }
+        return widened<S>(*reinterpret_cast<const Simd<float>::Shorts*>(p));
     }
 }
 
@@ -198,53 +208,95 @@ SK_INLINE typename Simd<A>::U rounded_bits(Vec<A> v) {
     return (v != v ? (bits | 0x400000u) : even) >> 16;
 }
 
+template <class S>
+SK_INLINE Simd<float>::Shorts shortened(Vec<float> v) {
+    using U = typename Simd<float>::U;
+    if constexpr (__is_same(S, half) && HALVES_CONVERT) return narrowed(v);
+    U found;
+    if constexpr (__is_same(S, bfloat)) {
+        found = rounded_bits<float>(v);
+    } else {
+        // To nearest even by adding the number whose last place is the result's. Subnormal results: 2^-24.
+        const U bits = (U)v, size = bits & 0x7fffffffu, exponent = size & 0x7f800000u;
+        const U place = exponent < 0x38800000u ? U{} + 0x3f000000u : exponent + (13u << 23);
+        const Vec<float> rounded = ((Vec<float>)size + (Vec<float>)place) - (Vec<float>)place;
+        const U small = (U)((Vec<float>)size + 0.5f) - 0x3f000000u;
+        const U normal = ((U)rounded - (112u << 23)) >> 13;
+        found = size < 0x38800000u ? small : normal;
+        found = (U)rounded >= 0x47800000u ? U{} + 0x7c00u : found;
+        found = size > 0x7f800000u ? (size >> 13 & 0x3ffu) | 0x7e00u : found;
+        found |= bits >> 16 & 0x8000u;
+    }
+    return __builtin_convertvector(found, Simd<float>::Shorts);
+}
+
 template <class A, class S>
 SK_INLINE void store_whole(S* p, Vec<A> v) {
     if constexpr (__is_same(A, S)) {
         store<A>(p, v);
-    } else if constexpr (__is_same(S, half) && HALVES_CONVERT) {
-        *reinterpret_cast<typename Simd<A>::Shorts*>(p) = narrowed(v);
     } else {
-        using U = typename Simd<A>::U;
-        U found;
-        if constexpr (__is_same(S, bfloat)) {
-            found = rounded_bits<A>(v);
-        } else {
-            // To nearest even by adding the number whose last place is the result's. Subnormal results:
-            // 2^-24.
-            const U bits = (U)v, size = bits & 0x7fffffffu, exponent = size & 0x7f800000u;
-            const U place = exponent < 0x38800000u ? U{} + 0x3f000000u : exponent + (13u << 23);
-            const Vec<A> rounded = ((Vec<A>)size + (Vec<A>)place) - (Vec<A>)place;
-            const U small = (U)((Vec<A>)size + 0.5f) - 0x3f000000u;
-            const U normal = ((U)rounded - (112u << 23)) >> 13;
-            found = size < 0x38800000u ? small : normal;
-            found = (U)rounded >= 0x47800000u ? U{} + 0x7c00u : found;
-            found = size > 0x7f800000u ? (size >> 13 & 0x3ffu) | 0x7e00u : found;
-            found |= bits >> 16 & 0x8000u;
-        }
-        *reinterpret_cast<typename Simd<A>::Shorts*>(p) =
-            __builtin_convertvector(found, typename Simd<A>::Shorts);
+        *reinterpret_cast<Simd<float>::Shorts*>(p) = shortened<S>(v);
     }
 }
 
-// The first n lanes of p, zeros behind them.
+// The first n lanes, fewer than there are, by a mask: what lies behind them is neither read nor written.
+#if SEQKERN_VECTOR_BYTES == 64
+SK_INLINE unsigned short first_lanes(long n) { return static_cast<unsigned short>(n > 0 ? (1 << n) - 1 : 0); }
+typedef short Sixteen __attribute__((vector_size(32)));
+
 template <class A, class S>
-SK_INLINE Vec<A> load_n(const S* p, long n) {
-    if (n >= Simd<A>::n) return load_whole<A>(p);
+SK_INLINE Vec<A> load_some(const S* p, long n) {
+    const unsigned short mask = first_lanes(n);
+    if constexpr (__is_same(S, float)) {
+        return __builtin_ia32_loadups512_mask(p, Vec<float>{}, mask);
+    } else if constexpr (__is_same(S, double)) {
+        return __builtin_ia32_loadupd512_mask(p, Vec<double>{}, static_cast<unsigned char>(mask));
+    } else {
+        const auto from = reinterpret_cast<const short*>(p);
+        return widened<S>((Simd<float>::Shorts)__builtin_ia32_loaddquhi256_mask(from, Sixteen{}, mask));
+    }
+}
+
+template <class A, class S>
+SK_INLINE void store_some(S* p, Vec<A> v, long n) {
+    const unsigned short mask = first_lanes(n);
+    if constexpr (__is_same(S, float)) {
+        __builtin_ia32_storeups512_mask(p, v, mask);
+    } else if constexpr (__is_same(S, double)) {
+        __builtin_ia32_storeupd512_mask(p, v, static_cast<unsigned char>(mask));
+    } else {
+        __builtin_ia32_storedquhi256_mask(reinterpret_cast<short*>(p), (Sixteen)shortened<S>(v), mask);
+    }
+}
+#else
+template <class A, class S>
+SK_INLINE Vec<A> load_some(const S* p, long n) {
     A lanes[Simd<A>::n] __attribute__((aligned(SEQKERN_VECTOR_BYTES))) = {};
     for (long i = 0; i < n; ++i) lanes[i] = widen(p[i]);
     return load<A>(lanes);
 }
 
 template <class A, class S>
-SK_INLINE void store_n(S* p, Vec<A> v, long n) {
-    if (n >= Simd<A>::n) {
-        store_whole<A>(p, v);
-        return;
-    }
+SK_INLINE void store_some(S* p, Vec<A> v, long n) {
     A lanes[Simd<A>::n] __attribute__((aligned(SEQKERN_VECTOR_BYTES)));
     store<A>(lanes, v);
     for (long i = 0; i < n; ++i) narrow(p + i, lanes[i]);
+}
+#endif
+
+// The first n lanes of p, zeros behind them.
+template <class A, class S>
+SK_INLINE Vec<A> load_n(const S* p, long n) {
+    return n >= Simd<A>::n ? load_whole<A>(p) : load_some<A>(p, n);
+}
+
+template <class A, class S>
+SK_INLINE void store_n(S* p, Vec<A> v, long n) {
+    if (n >= Simd<A>::n) {
+        store_whole<A>(p, v);
+    } else {
+        store_some<A>(p, v, n);
+    }
 }
 
 template <class A, class S>

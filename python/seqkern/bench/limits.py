@@ -8,6 +8,7 @@ from pathlib import Path
 from seqkern.ops import _library
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+SHARED_CACHE = 16 << 20  # bytes of a last-level cache that one process can count on
 MEMORY = 512 << 20  # bytes, beyond any last-level cache that one process has to itself
 
 
@@ -27,12 +28,16 @@ def caches(room: Path = CACHES) -> dict[int, int]:
 
 
 def working_sets(sizes: Mapping[int, int], threads: int) -> dict[str, int]:
-    """For each level the bytes that all threads together read: half of it, and more than the level before holds."""
+    """For each level the bytes that all threads together read: half of it, and more than the level before holds.
+
+    Of a third level that many cores share, as those of cloud machines, little can be counted on: ``SHARED_CACHE``, or
+    four times the level before.
+    """
     found = {}
     if 2 in sizes:
         found["L2"] = threads * sizes[2] // 2
     if 3 in sizes and sizes[3] // 2 > 2 * threads * sizes.get(2, 0):
-        found["L3"] = sizes[3] // 2
+        found["L3"] = min(sizes[3] // 2, max(SHARED_CACHE, 4 * threads * sizes.get(2, 0)))
     return found | {"memory": max(MEMORY, 4 * sizes.get(3, 0)) if sizes.get(3, 0) <= MEMORY // 2 else MEMORY}
 
 
