@@ -173,6 +173,7 @@ def test_whose_rows_are_whose(dtype, dense, monkeypatch):
     monkeypatch.setattr(_linear_backends, "DENSE", dense)
     monkeypatch.setattr(_linear_backends, "BF16_DOT", True)
     monkeypatch.setattr(_linear_backends, "TERM_BY_TERM", frozenset())
+    monkeypatch.setattr(_linear_backends, "CONVERTED", frozenset())
     most = _linear_backends.few_rows(dtype)
     fewest, next_, many = (case(rows, 500, 500, dtype) for rows in (most, most + 1, 600))
     assert chosen(*fewest).name == "cpu"
@@ -199,8 +200,10 @@ def test_whose_rows_are_whose(dtype, dense, monkeypatch):
 
 @pytest.mark.built
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bits_where_torch_has_plain_loops(dtype, monkeypatch):
-    monkeypatch.setattr(_linear_backends, "TERM_BY_TERM", frozenset((dtype,)))
+@pytest.mark.parametrize("how", ["TERM_BY_TERM", "CONVERTED"])
+def test_sixteen_bits_where_torch_has_no_dots(dtype, how, monkeypatch):
+    for each in ("TERM_BY_TERM", "CONVERTED"):
+        monkeypatch.setattr(_linear_backends, each, frozenset((dtype,) if each == how else ()))
     for rows in (8, 600):
         tensors = case(rows, 500, 500, dtype)
         assert chosen(*tensors).name == "cpu"

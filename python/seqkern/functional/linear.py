@@ -11,6 +11,7 @@ __all__ = ["linear"]
 
 _op = torch.ops.seqkern.linear.default
 _FUNCTIONS = {None: lambda x: x, "relu": F.relu, "gelu": F.gelu}
+_IN_PLACE = {None: lambda x: x, "relu": torch.relu_, "gelu": torch.ops.aten.gelu_}
 
 
 def linear(
@@ -40,7 +41,10 @@ def linear(
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation is {activation!r}, expected 'relu', 'gelu' or None")
     if not _is_ours(input, weight, bias):
-        return _FUNCTIONS[activation](F.linear(input, weight, bias))
+        output = F.linear(input, weight, bias)
+        # Memory that the call made itself is written again where nobody can have kept it.
+        kept = type(output) is not Tensor or output.requires_grad or _backend.is_looked_on()
+        return (_FUNCTIONS if kept else _IN_PLACE)[activation](output)
     exact = activation == "gelu" and (
         weight.dtype is torch.float64 or _backend.needs_grad((input, weight, bias))
     )

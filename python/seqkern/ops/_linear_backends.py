@@ -11,7 +11,7 @@ FEW_ROWS_OF_16_BITS = 4
 WEIGHTS_WORTH_IT = 250_000  # of such a layer
 FLOP_WORTH_PACKING = 10e6  # of a layer of more rows
 FLOP_WORTH_A_GRADIENT = 50e6  # of one that is differentiated
-FLOP_TERM_BY_TERM = 1e6  # where torch multiplies TERM_BY_TERM
+FLOP_TERM_BY_TERM = 1e6  # where torch multiplies TERM_BY_TERM, or CONVERTED
 BF16_ROWS_WORTH_PACKING = 512  # at most: torch's own dots are level with ours from there on
 ROWS_WORTH_A_GRADIENT = (
     512  # of weights, in float32: fewer are sums of so few products that torch's are faster
@@ -49,6 +49,13 @@ TERM_BY_TERM = frozenset(
     if "avx2" in _ISAS and not _by_onednn(getattr(torch.ops.mkldnn, name, None))
 )
 
+# Without dots, and without the tiles of AMX, oneDNN converts bfloat16 as it multiplies: a fifth of float32's speed.
+CONVERTED = (
+    frozenset((torch.bfloat16,))
+    if "avx512" in _ISAS and not BF16_DOT and not getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    else frozenset()
+)
+
 
 def few_rows(dtype: torch.dtype) -> int:
     """For how many rows at most weights are read as they lie."""
@@ -61,7 +68,7 @@ def torch_outruns(rows: int, weight: torch.Tensor, grad: bool) -> str | None:
     if not grad and rows <= few_rows(dtype):
         return "a linear layer of few weights" if weight.numel() < WEIGHTS_WORTH_IT else None
     flop = 2 * rows * weight.numel()
-    if dtype in TERM_BY_TERM:
+    if dtype in TERM_BY_TERM or dtype in CONVERTED:
         return "a linear layer so small" if flop < FLOP_TERM_BY_TERM else None
     if not DENSE or dtype not in (torch.float32, torch.bfloat16):
         return "a linear layer of many rows" if not grad else "a linear layer with a gradient"
@@ -73,6 +80,6 @@ def torch_outruns(rows: int, weight: torch.Tensor, grad: bool) -> str | None:
 
 def gradient_of_weights_is_ours(rows: int, dtype: torch.dtype) -> bool:
     """Of a layer whose output and gradient of the input are ours."""
-    if dtype in TERM_BY_TERM or dtype is torch.float64:
+    if dtype in TERM_BY_TERM or dtype in CONVERTED or dtype is torch.float64:
         return True
     return WIDE and rows >= ROWS_WORTH_A_GRADIENT
