@@ -154,6 +154,8 @@ def test_work_is_counted():
 def test_levels():
     found = limits.Limits(sets={"L2": 100, "L3": 1000, "memory": 9000})
     assert [found.level(held) for held in (None, 200, 201, 2000, 2001)] == ["L2", "L2", "L3", "L3", "memory"]
+    found.rooms["L3"] = 3000  # of which the probe reads less than half
+    assert found.level(2001) == "L3" and found.level(3001) == "memory"
 
 
 @pytest.mark.parametrize(

@@ -199,8 +199,15 @@ def test_whose_rows_are_whose(dtype, dense, monkeypatch):
 
 
 @pytest.mark.built
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("how", ["TERM_BY_TERM", "CONVERTED"])
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [
+        (torch.bfloat16, "TERM_BY_TERM"),
+        (torch.float16, "TERM_BY_TERM"),
+        (torch.bfloat16, "CONVERTED"),
+    ],
+    ids=str,
+)
 def test_sixteen_bits_where_torch_has_no_dots(dtype, how, monkeypatch):
     for each in ("TERM_BY_TERM", "CONVERTED"):
         monkeypatch.setattr(_linear_backends, each, frozenset((dtype,) if each == how else ()))
@@ -212,6 +219,40 @@ def test_sixteen_bits_where_torch_has_no_dots(dtype, how, monkeypatch):
     small = case(8, 100, 100, dtype)
     assert chosen(*small).name == "torch"
     assert chosen(small[0].clone().requires_grad_(), *small[1:]).name == "torch"
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_memory_of_others_is_not_written_again(activation):
+    """An activation behind torch's product is done in place, unless somebody may still read what was before it."""
+    tensors = case(40, 30, 20, torch.float32)
+    want = ACTIVATIONS[activation](F.linear(*tensors))
+
+    class Keeps(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if func is F.linear:
+                kept.append((found, found.clone()))
+            return found
+
+    class Cached(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return cached if func is F.linear else super().__torch_function__(func, types, args, kwargs)
+
+    kept = []
+    cached = F.linear(*tensors)
+    before = cached.clone()
+    with torch.no_grad():
+        with Keeps():
+            torch.testing.assert_close(linear(*tensors, activation), want)
+        torch.testing.assert_close(linear(tensors[0].as_subclass(Cached), *tensors[1:], activation), want)
+        torch.testing.assert_close(linear(*tensors, activation), want)
+    assert kept and all(torch.equal(*pair) for pair in kept)
+    assert torch.equal(cached, before)
+    if torch.backends.mkldnn.is_available():
+        with torch.no_grad():
+            found = linear(*(t.to_mkldnn() for t in tensors), activation)
+        torch.testing.assert_close(found.to_dense(), want)
 
 
 @pytest.mark.built

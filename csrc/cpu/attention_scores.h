@@ -46,6 +46,14 @@ struct PlaneRows {
             Vec<A> row;
             for (long lane = 0; lane < n; ++lane) row[lane] = filled(from[at[half * n + lane]])[0];
             for (long k = 0; k < count; ++k) out[k] = row;
+        } else if constexpr (BY_BITS<T>) {
+            unsigned short shown[n] __attribute__((aligned(SEQKERN_VECTOR_BYTES)));
+            SK_UNROLL
+            for (long lane = 0; lane < n; ++lane)
+                shown[lane] = bits_of(from + at[half * n + lane] + first, count);
+            const I rows =
+                __builtin_convertvector(*reinterpret_cast<const typename Simd<A>::Shorts*>(shown), I);
+            for (long k = 0; k < count; ++k) out[k] = (Vec<A>)(rows & (1 << k));
         } else {
             SK_UNROLL
             for (long lane = 0; lane < n; ++lane)
@@ -74,6 +82,23 @@ struct PlaneRows {
     }
 
   private:
+    // A mask's rows of sixteen keys as bits: a transpose would take four times as many shuffles as there are
+    // keys.
+    template <class T>
+    static constexpr bool BY_BITS = __is_same(T, unsigned char) && SEQKERN_VECTOR_BYTES == 64 && n == 16;
+    static SK_INLINE unsigned short bits_of(const unsigned char* from, long count) {
+        unsigned short found = 0;
+#if SEQKERN_VECTOR_BYTES == 64
+        typedef char Row __attribute__((vector_size(16)));
+        if (count >= 16) {
+            Row bytes;
+            __builtin_memcpy(&bytes, from, sizeof bytes);
+            return __builtin_ia32_ptestmb128(bytes, bytes, 0xffff);
+        }
+#endif
+        for (long k = 0; k < count; ++k) found |= static_cast<unsigned short>((from[k] != 0) << k);
+        return found;
+    }
     template <class T>
     static SK_INLINE Vec<A> filled(T x) {
         return Vec<A>{} + static_cast<A>(widen(x));
@@ -278,11 +303,15 @@ SK_INLINE Rows<A> without_unseen(const AttentionCall& c, const Sequence& s, cons
                                  long count, Rows<A> rows, Span keys, long size, A* buffer) {
     if (!c.mask.p && (c.left < 0 || keys.begin >= panels[0].first + s.d - c.left)) return rows;
     constexpr long n = Simd<A>::n;
-    Vec<A> probe{};
-    for (long r = 0; r < keys.end - keys.begin; ++r)
-        for (long at = 0; at < padded<A>(size); at += n) probe += load<A>(rows.p + r * rows.ld + at) * A{};
+    constexpr int together = 4;  // sums that need not wait for one another
+    const long last = keys.end - keys.begin - 1;
+    Vec<A> probe[together] = {};
+    for (long r = 0; r <= last; r += together)
+        for (long at = 0; at < padded<A>(size); at += n) SK_UNROLL
+    for (int i = 0; i < together; ++i) probe[i] += load<A>(rows.p + min_of(r + i, last) * rows.ld + at) * A{};
+    const Vec<A> all = (probe[0] + probe[1]) + (probe[2] + probe[3]);
     bool finite = true;
-    for (long lane = 0; lane < n; ++lane) finite = finite && probe[lane] == 0;
+    for (long lane = 0; lane < n; ++lane) finite = finite && all[lane] == 0;
     if (finite) return rows;
     const long ld = buffer_ld<A>(size);
     for (long r = 0; r < keys.end - keys.begin; ++r) {

@@ -211,7 +211,7 @@ void gemm(long M, const E* a, long lda, const Panels<E>& b, long panels, long K,
                              : k0 + depth < K   ? b.at(0, k0 + depth)
                                                 : next;
             const long asked = depth / STEP * LINE;  // by a tile
-            long to_ask = ahead && b.ld == W ? group * (b.at(0, depth) - b.at(0)) : 0;
+            long to_ask = ahead && b.ld == W ? (depth == K ? group : 1) * (b.at(0, depth) - b.at(0)) : 0;
             for (long i = 0, row = 0; i < tiles; ++i) {
                 long rows = base + (i < longer);
                 (i < longer ? large : small)(from + row * (KMAJOR ? STEP : lda), lda, b.at(p, k0), b.ld,

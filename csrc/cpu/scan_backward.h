@@ -391,12 +391,13 @@ struct BackwardScan {
     }
 
     // Panels of inputs and states that stay in a core's second-level cache while all columns of gates meet
-    // them; with AVX2 all at once.
+    // them; all at once with AVX2, or where a batch so large leaves room for none.
     static constexpr unsigned long PANEL_BYTES = 512u << 10;
     long panels_together() const {
         const long all = s.blocks_i + s.blocks_p;
         if (SEQKERN_VECTOR_BYTES != 64) return all;
-        return max_of(1, min_of(all, static_cast<long>(PANEL_BYTES / (sizeof(E) * chunk * PW))));
+        const long fitting = static_cast<long>(PANEL_BYTES / (sizeof(E) * chunk * PW));
+        return fitting ? min_of(all, fitting) : all;
     }
     long gate_blocks() const { return KEPT * ceil_div(c.H, max_rows<2>()); }
     // Blocks of columns that a thread keeps packed.

@@ -48,6 +48,9 @@ class Limits:
     fma_peak: float | None = None
     bandwidth: dict[str, float] = field(default_factory=dict)
     sets: dict[str, int] = field(default_factory=dict)  #: bytes that are read for each bandwidth
+    rooms: dict[str, int] = field(
+        default_factory=dict
+    )  #: bytes that a level may hold; twice its set if not given
 
     def sample(self, seconds: float = 0.05, levels: Iterable[str] = ("L2",)) -> None:
         """Measures once more and keeps the highest: what a busy machine shows is no limit."""
@@ -65,10 +68,10 @@ class Limits:
         return flop / seconds / 1e9 / self.fma_peak
 
     def level(self, held: float | None) -> str:
-        """The nearest level that has room for so many bytes; the cores' own, L2, where None."""
+        """The nearest level that may have room for so many bytes; the cores' own, L2, where None."""
         if held is None:
             return "L2"
-        room = {name: 2 * size for name, size in self.sets.items() if name != "memory"}
+        room = {name: self.rooms.get(name, 2 * size) for name, size in self.sets.items() if name != "memory"}
         return next((name for name, size in room.items() if held <= size), "memory")
 
     def share_of_read(self, size: float | None, seconds: float, level: str) -> float | None:
@@ -80,7 +83,11 @@ class Limits:
 
 def measure(seconds: float = 0.2) -> Limits:
     native = _library.native()
-    found = Limits(sets=working_sets(caches(), native.num_threads()) if native else {})
+    found = Limits()
+    if native:
+        sizes = caches()
+        found.sets = working_sets(sizes, native.num_threads())
+        found.rooms = {"L3": sizes[3]} if "L3" in found.sets else {}
     for _ in range(3):
         found.sample(seconds, found.sets)
     found.bandwidth = {level: found.bandwidth[level] for level in found.sets if level in found.bandwidth}

@@ -11,7 +11,7 @@ __all__ = ["linear"]
 
 _op = torch.ops.seqkern.linear.default
 _FUNCTIONS = {None: lambda x: x, "relu": F.relu, "gelu": F.gelu}
-_IN_PLACE = {None: lambda x: x, "relu": torch.relu_, "gelu": torch.ops.aten.gelu_}
+_IN_PLACE = {None: lambda x: x, "relu": torch.relu_, "gelu": torch.ops.aten.gelu_.default}
 
 
 def linear(
@@ -42,9 +42,7 @@ def linear(
         raise ValueError(f"linear: activation is {activation!r}, expected 'relu', 'gelu' or None")
     if not _is_ours(input, weight, bias):
         output = F.linear(input, weight, bias)
-        # Memory that the call made itself is written again where nobody can have kept it.
-        kept = type(output) is not Tensor or output.requires_grad or _backend.is_looked_on()
-        return (_FUNCTIONS if kept else _IN_PLACE)[activation](output)
+        return (_IN_PLACE if _is_nobodys(output, input, weight, bias) else _FUNCTIONS)[activation](output)
     exact = activation == "gelu" and (
         weight.dtype is torch.float64 or _backend.needs_grad((input, weight, bias))
     )
@@ -52,6 +50,14 @@ def linear(
     run = _op if _backend.is_looked_on() else direct_linear
     output = run(input, weight, bias, ACTIVATIONS[fused])
     return output if fused == activation else _FUNCTIONS[activation](output)
+
+
+def _is_nobodys(output: Tensor, *made_of: Tensor | None) -> bool:
+    """Whether torch made an output just now, and nobody can have kept it: then it may be written again."""
+    if output.requires_grad or output.layout is not torch.strided or _backend.is_looked_on():
+        return False
+    plain = all(t is None or type(t) in _backend.PLAIN for t in (output, *made_of))
+    return plain and torch._C._len_torch_function_stack() == 0  # type: ignore[attr-defined]
 
 
 def _is_ours(input, weight, bias) -> bool:
