@@ -48,9 +48,7 @@ class Limits:
     fma_peak: float | None = None
     bandwidth: dict[str, float] = field(default_factory=dict)
     sets: dict[str, int] = field(default_factory=dict)  #: bytes that are read for each bandwidth
-    rooms: dict[str, int] = field(
-        default_factory=dict
-    )  #: bytes that a level may hold; twice its set if not given
+    rooms: dict[str, int] = field(default_factory=dict)  #: bytes of a level, or twice its set
 
     def sample(self, seconds: float = 0.05, levels: Iterable[str] = ("L2",)) -> None:
         """Measures once more and keeps the highest: what a busy machine shows is no limit."""
