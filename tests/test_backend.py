@@ -80,7 +80,7 @@ def test_a_large_step_keeps_its_gradient():
 )
 def test_stands_aside_where_torch_is_faster(kind, shape, dtype, grad, tiles, name, monkeypatch):
     monkeypatch.setattr(_linear_backends, "BF16_DOT", True)
-    monkeypatch.setattr(_backend, "BF16_TILES", tiles)
+    monkeypatch.setattr(_linear_backends, "BF16_TILES", tiles)
     layer = getattr(seqkern.nn, kind)(3, 4, dtype=dtype).requires_grad_(grad)
     (choice,) = chosen(lambda: layer(torch.zeros(*shape, 3, dtype=dtype)))
     assert choice.name == name

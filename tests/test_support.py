@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_sequence
 import seqkern
 from seqkern.bench import tables
 from seqkern.explanation import Explanation
-from seqkern.ops import _backend, _linear_backends
+from seqkern.ops import _linear_backends
 from seqkern.testing import DTYPES
 
 pytestmark = pytest.mark.filterwarnings(
@@ -96,7 +96,7 @@ def test_table_has_every_line():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("way", "module", "claim"), claims())
 def test_claim(way, module, claim, dtype, monkeypatch):
-    monkeypatch.setattr(_backend, "BF16_TILES", False)
+    monkeypatch.setattr(_linear_backends, "BF16_TILES", False)
     if "autocast" in way and module == "LSTM" and torch.bfloat16 in _linear_backends.TERM_BY_TERM:
         claim = "cpu"  # as README says below the table
     case, cell = WAYS[way], module.endswith("Cell")

@@ -99,7 +99,7 @@ struct Lead {
 };
 
 // Whether a tile asks for a line with each step along k, into the second-level cache: what the third level
-// gives by itself to machines with AVX-512 can be a quarter of what their multiply-adds take.
+// gives by itself to machines with AVX-512 can be less than half of what a tile takes.
 constexpr bool ASKS_AHEAD = SEQKERN_VECTOR_BYTES == 64;
 
 // ahead: the first of the lines that are asked for, or null.

@@ -393,27 +393,25 @@ struct BackwardScan {
     // Panels of inputs and states that stay in a core's second-level cache while all columns of gates meet
     // them; all at once with AVX2, or where a batch so large leaves room for none.
     static constexpr unsigned long PANEL_BYTES = 512u << 10;
+    long panels() const { return s.blocks_i + s.blocks_p; }
     long panels_together() const {
-        const long all = s.blocks_i + s.blocks_p;
-        if (SEQKERN_VECTOR_BYTES != 64) return all;
         const long fitting = static_cast<long>(PANEL_BYTES / (sizeof(E) * chunk * PW));
-        return fitting ? min_of(all, fitting) : all;
+        return SEQKERN_VECTOR_BYTES == 64 && fitting ? min_of(panels(), fitting) : panels();
     }
     long gate_blocks() const { return KEPT * ceil_div(c.H, max_rows<2>()); }
     // Blocks of columns that a thread keeps packed.
     long blocks_kept(long threads) const {
-        return panels_together() < s.blocks_i + s.blocks_p ? ceil_div(gate_blocks(), threads) : 1;
+        return panels_together() < panels() ? ceil_div(gate_blocks(), threads) : 1;
     }
 
     void weight_gradients(int i, long rows, bool add, const Team& team, const Buffers& buf) {
         if (rows == 0) return;
-        const long blocks = ceil_div(c.H, max_rows<2>()), all = s.blocks_i + s.blocks_p,
-                   together = panels_together();
+        const long blocks = ceil_div(c.H, max_rows<2>()), all = panels(), together = panels_together();
         for (long p = 0; p < all; p += together) {
             const Range x_panels = {min_of(p, s.blocks_i), min_of(p + together, s.blocks_i)},
                         h_panels = {max_of(p - s.blocks_i, 0), min_of(p + together, all) - s.blocks_i};
             E* block = buf.block;
-            for (long item = team.thread; item < KEPT * blocks; item += team.threads) {
+            for (long item = team.thread; item < gate_blocks(); item += team.threads) {
                 const long kept = item / blocks;
                 Range units = share(c.H, item % blocks, blocks);
                 const long width = units.end - units.begin;

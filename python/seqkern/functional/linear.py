@@ -11,7 +11,7 @@ __all__ = ["linear"]
 
 _op = torch.ops.seqkern.linear.default
 _FUNCTIONS = {None: lambda x: x, "relu": F.relu, "gelu": F.gelu}
-_IN_PLACE = {None: lambda x: x, "relu": torch.relu_, "gelu": torch.ops.aten.gelu_.default}
+_IN_PLACE = {"relu": torch.relu_, "gelu": torch.ops.aten.gelu_.default}
 
 
 def linear(
@@ -42,6 +42,8 @@ def linear(
         raise ValueError(f"linear: activation is {activation!r}, expected 'relu', 'gelu' or None")
     if not _is_ours(input, weight, bias):
         output = F.linear(input, weight, bias)
+        if activation is None:
+            return output
         return (_IN_PLACE if _is_nobodys(output, input, weight, bias) else _FUNCTIONS)[activation](output)
     exact = activation == "gelu" and (
         weight.dtype is torch.float64 or _backend.needs_grad((input, weight, bias))

@@ -36,7 +36,6 @@ STEPS_BELOW_A_GRADIENT = {"gru": 1, "rnn_tanh": 3, "rnn_relu": 3}
 BF16_STEPS_BELOW_A_GRADIENT = STEPS_BELOW_A_GRADIENT | {"gru": 3}  # where dots make torch's steps short
 # Below them a sequence is over on cuDNN before the launches of Triton pay, which a backward has more of.
 GPU_STEPS, GPU_STEPS_BELOW_A_GRADIENT = 16, 64
-BF16_TILES = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # AMX: torch's kernels alone use it
 PLAIN = frozenset((Tensor, Parameter))
 
 TRITON_OPS = frozenset(
@@ -289,7 +288,7 @@ def torch_outruns(op: str, tensors: Sequence[Tensor | None]) -> str | None:
     if grad and steps <= (BF16_STEPS_BELOW_A_GRADIENT if dots else STEPS_BELOW_A_GRADIENT).get(op, 0):
         return "a gradient of so few steps"
     projected = cx is not None and cx.shape[-1] != hx.shape[-1]
-    if input.dtype is not torch.bfloat16 or not BF16_TILES or projected:
+    if input.dtype is not torch.bfloat16 or not _linear_backends.BF16_TILES or projected:
         return None
     slower = (batch >= 8 or not grad) if op == "lstm" else (batch >= 32 and hx.shape[-1] >= 512)
     return "bfloat16 on a machine that multiplies it in tiles (AMX)" if slower else None

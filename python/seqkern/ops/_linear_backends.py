@@ -18,6 +18,7 @@ ROWS_WORTH_A_GRADIENT = (
 )
 
 BF16_DOT = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # our kernels and torch's use it
+BF16_TILES = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # AMX: torch's kernels alone use it
 
 _native = _library.native()
 _ISAS = _native.isas() if _native is not None else []
@@ -51,10 +52,12 @@ TERM_BY_TERM = frozenset(
 
 # Without dots, and without the tiles of AMX, oneDNN converts bfloat16 as it multiplies: a fifth of float32's speed.
 CONVERTED = (
-    frozenset((torch.bfloat16,))
-    if "avx512" in _ISAS and not BF16_DOT and not getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    else frozenset()
+    frozenset((torch.bfloat16,)) if "avx512" in _ISAS and not (BF16_DOT or BF16_TILES) else frozenset()
 )
+
+
+def _lacks_dots(dtype: torch.dtype) -> bool:
+    return dtype in TERM_BY_TERM or dtype in CONVERTED
 
 
 def few_rows(dtype: torch.dtype) -> int:
@@ -68,7 +71,7 @@ def torch_outruns(rows: int, weight: torch.Tensor, grad: bool) -> str | None:
     if not grad and rows <= few_rows(dtype):
         return "a linear layer of few weights" if weight.numel() < WEIGHTS_WORTH_IT else None
     flop = 2 * rows * weight.numel()
-    if dtype in TERM_BY_TERM or dtype in CONVERTED:
+    if _lacks_dots(dtype):
         return "a linear layer so small" if flop < FLOP_TERM_BY_TERM else None
     if not DENSE or dtype not in (torch.float32, torch.bfloat16):
         return "a linear layer of many rows" if not grad else "a linear layer with a gradient"
@@ -80,6 +83,6 @@ def torch_outruns(rows: int, weight: torch.Tensor, grad: bool) -> str | None:
 
 def gradient_of_weights_is_ours(rows: int, dtype: torch.dtype) -> bool:
     """Of a layer whose output and gradient of the input are ours."""
-    if dtype in TERM_BY_TERM or dtype in CONVERTED or dtype is torch.float64:
+    if _lacks_dots(dtype) or dtype is torch.float64:
         return True
     return WIDE and rows >= ROWS_WORTH_A_GRADIENT
