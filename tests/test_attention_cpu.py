@@ -33,11 +33,13 @@ NATIVE = _library.native()
 pytestmark = [pytest.mark.native, pytest.mark.built]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PACKED = ((3, 5), (0, 2), (40, 70), (2, 0))
-# few queries of several heads side by side; several blocks of keys; keys split in parts; chunks of the backward
+# few queries of several heads side by side; several blocks of keys; keys split in parts, and those of a single panel;
+# chunks of the backward
 SIZES = {
     "side by side": {"Hq": 4, "Hkv": 2, "L": 5, "S": 7, "D": 8},
     "blocks": {"Hq": 3, "Hkv": 3, "L": 70, "S": 300, "D": 40, "Dv": 17},
     "split": {"B": 1, "Hq": 8, "Hkv": 1, "L": 3, "S": 2100, "D": 20},
+    "one panel": {"B": 1, "Hq": 1, "Hkv": 1, "L": 20, "S": 300, "D": 40, "Dv": 17},
     "chunks": {"B": 1, "Hq": 2, "Hkv": 1, "L": 130, "S": 530, "D": 64},
 }
 
@@ -307,8 +309,9 @@ def test_what_no_query_sees_does_not_leak(isa, hidden, options, keys, L):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("which", range(3), ids=["query", "key", "value"])
-def test_what_is_not_finite_travels_as_in_torch(which, value):
-    tensors = [torch.randn(1, 2, 40, 16) for _ in range(3)]
+@pytest.mark.parametrize("D", [16, 20])  # of 20 a vector reads into the next row
+def test_what_is_not_finite_travels_as_in_torch(D, which, value):
+    tensors = [torch.randn(1, 2, 40, D) for _ in range(3)]
     tensors[which][0, 1, 5, 3] = value
     want = F.scaled_dot_product_attention(*(x.double() for x in tensors))
     got = scaled_dot_product_attention(*tensors)

@@ -156,7 +156,7 @@ struct BackwardUnit {
             Vec<A> sum[2] = {};
             for (long from = seen.begin; from < seen.end; from += KEYS) {
                 const Span keys{from, min_of(from + KEYS, seen.end)};
-                const Rows<A> kr = block<A, S>(c.k, s, h / plan.G, keys, c.D, k);
+                const Rows<A> kr = block<A, S>(c.k, s, h / plan.G, keys, c.D, k, false, Reads::numbers);
                 weights_again<A, S>(scores, again, kr, keys, p, W, nullptr);
                 if (c.dropout_p > 0) drop_weights<A>(Dropout<A>(c, s, panel), p, keys);
                 for (long at = keys.begin; at < keys.end; at += n)
@@ -196,7 +196,7 @@ struct BackwardUnit {
             }
             const Span there{s.from_k + keys.begin, s.from_k + keys.end};
             Rows<A> kr = block<A, S>(c.k, s, kv_head, there, c.D, k);
-            const Rows<A> vr = block<A, S>(c.v, s, kv_head, there, c.Dv, v);
+            const Rows<A> vr = block<A, S>(c.v, s, kv_head, there, c.Dv, v, false, Reads::numbers);
             bool clean = !c.mask.p && (c.left < 0 || keys.begin >= s.d - c.left);
             const long panels = group.panels();
             for (long t = 0; t * TOGETHER < panels; ++t) {

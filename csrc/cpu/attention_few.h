@@ -83,10 +83,11 @@ SK_INLINE void add_values(const A* const* from, const A* p, long width, long Nv,
 
 // out[m][0..Nv) (+)= the weights p[m] of `width` keys from each stream, of which `sizes` count, times their
 // values. The sums stay in memory: registers for those of several queries would leave some bytes of a row at
-// a time, and of rows that are read piece by piece the processor does not run ahead.
+// a time, and of rows that are read piece by piece the processor does not run ahead. far: they come from
+// beyond the caches, and are asked for.
 template <class A>
 void few_values(const Rows<A>* from, const long* sizes, const A* p, long count, long width, long Nv, A* out,
-                bool begun) {
+                bool begun, bool far) {
     constexpr long n = Simd<A>::n;
     const long ldo = Nv + n, common = sizes[STREAMS - 1];
     for (long m = 0; m < count && !begun; ++m)
@@ -95,6 +96,8 @@ void few_values(const Rows<A>* from, const long* sizes, const A* p, long count, 
         const A* rows[STREAMS];
         SK_UNROLL
         for (int s = 0; s < STREAMS; ++s) rows[s] = from[s].p + k * from[s].ld;
+        for (int s = 0; ASKS_AHEAD && far && s < STREAMS; ++s)
+            for (long at = 0; at < Nv; at += n) __builtin_prefetch(rows[s] + 4 * from[s].ld + at);
         long m = 0;
         for (; m + 2 <= count; m += 2)
             add_values<A, 2, STREAMS>(rows, p + m * KEYS + k, width, Nv, out + m * ldo, ldo);
@@ -152,7 +155,7 @@ void few_scores(const Scores<A>& scores, bool changed, const KeyStreams& keys, c
 // v: room for a block of values. Returns whether there was a key.
 template <class A, class S>
 bool few_queries(const AttentionForward& c, const Sequence& s, long kv_head, const Panel<A>& panel, Span keys,
-                 const A* q, A* tile, A* v, const Running<A>& run) {
+                 const A* q, A* tile, A* v, const Running<A>& run, bool far) {
     constexpr long n = Simd<A>::n, M = ROWS_TOGETHER;
     const long ld_q = buffer_ld<A>(c.D), Nv = padded<A>(c.Dv);
     const Scores<A> scores(c, s, panel);
@@ -196,7 +199,7 @@ bool few_queries(const AttentionForward& c, const Sequence& s, long kv_head, con
                 without_unseen<A>(c, s, &panel, 1, block<A, S>(c.v, s, kv_head, there, c.Dv, room, true),
                                   {first, first + size}, c.Dv, room);
         }
-        few_values<A>(values, sizes, tile, panel.count, width, Nv, run.out, begun);
+        few_values<A>(values, sizes, tile, panel.count, width, Nv, run.out, begun, far);
         begun = true;
     }
     return begun;

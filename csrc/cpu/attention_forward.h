@@ -64,21 +64,31 @@ SK_INLINE void drop_weights(const Dropout<A>& dropout, A* tile, Span keys) {
 // as many as leave each thread some units to choose from.
 template <class A>
 struct ForwardPlan {
-    static constexpr long n = Simd<A>::n, W = Panel<A>::W, ROWS = 128, MOST = ROWS / W, SPLIT = 1024,
-                          UNITS = 32, UNITS_OF_A_THREAD = 4;
+    static constexpr long n = Simd<A>::n, W = Panel<A>::W, ROWS = 128, MOST = ROWS / W, UNITS = 32,
+                          UNITS_OF_A_THREAD = 4;
+    static constexpr long FAR = 16L << 20;  // bytes
     // With more queries a panel, of which half is computed, is quicker than lanes of keys: their sums are
     // joined across lanes, which a few multiply-adds each do not pay for.
     static long few_of(long width) {
         if (SEQKERN_ACCUMULATORS < 16) return n / 2;
-        return width <= 64 ? n / 3 : width <= 128 ? n / 2 : n;
+        return width <= 64 ? n / 4 : width <= 128 ? n / 2 : n;
     }
-    long together, blocks, splits, Nv;  // panels of a unit, units of a group, parts of the keys
-    bool few;                           // queries of a group fit in one vector
+    // Keys of a part: all of them where there is enough else to share out.
+    static long part_of(long units, long S, long multiplied) {
+        if (units < UNITS && S >= 2048) return 1024;
+        if (units == 1 && S > KEYS && multiplied >= 1L << 18) return ceil_div(S, 4 * KEYS) * KEYS;
+        return max_of(S, 1);
+    }
+    long together, blocks, splits, part, Nv;  // panels of a unit, units of a group, parts of the keys, of one
+    bool few;                                 // queries of a group fit in one vector
+    bool far;                                 // keys and values are more than caches hold
 
     explicit ForwardPlan(const AttentionForward& c)
         : Nv(padded<A>(c.Dv)), few(c.Hq / c.Hkv * c.L <= few_of(c.D + c.Dv)) {
         const long panels = HeadGroup<A>::panels_for(c.Hq / c.Hkv, c.L), groups = c.B * c.Hkv;
-        splits = groups * panels < UNITS && c.S >= 2 * SPLIT ? ceil_div(c.S, SPLIT) : 1;
+        far = groups * c.S * (c.D + c.Dv) * static_cast<long>(sizeof(A)) > FAR;
+        part = part_of(groups * panels, c.S, c.L * c.S * (c.D + c.Dv));
+        splits = max_of(1, ceil_div(c.S, part));
         const long wanted = c.threads == 1 ? 1 : c.threads * UNITS_OF_A_THREAD;
         together = splits > 1 ? 1 : MOST;
         while (together > 1 && groups * ceil_div(panels, together) < wanted) together /= 2;
@@ -145,8 +155,20 @@ struct ForwardUnit {
         own = take(MOST * plan.panel_size());
     }
 
+    // What the last block of a unit asks for: the first keys and values of another one.
+    struct First {
+        Ahead k, v;
+    };
+    First first_of(long unit) const {
+        if (!ASKS_AHEAD || unit >= plan.units(c)) return {};
+        const long group = unit / plan.splits / plan.blocks, from = unit % plan.splits * plan.part;
+        const Sequence s = sequence(c, group / c.Hkv);
+        return {rows_ahead<S>(c.k, s, group % c.Hkv, from, s.S, c.D),
+                rows_ahead<S>(c.v, s, group % c.Hkv, from, s.S, c.Dv)};
+    }
+
     // Panels first.. of a group against a part of the keys. Parts are left in `parts` [panel][split].
-    void run(const Sequence& s, long kv_head, long block_index, long split, A* parts) {
+    void run(const Sequence& s, long kv_head, long block_index, long split, A* parts, const First& after) {
         const HeadGroup<A> group(c, s, kv_head);
         const long first = block_index * plan.together;
         const long count = min_of(plan.together, group.panels() - first);
@@ -157,7 +179,7 @@ struct ForwardUnit {
         for (long p = 0; p < count; ++p) {
             panels[p] = group.panel(first + p);
             spans[p] = seen_by_some<A>(c, s, panels[p].first, panels[p].last);
-            if (plan.splits > 1) spans[p] = overlap(spans[p], {split * plan.SPLIT, (split + 1) * plan.SPLIT});
+            if (plan.splits > 1) spans[p] = overlap(spans[p], {split * plan.part, (split + 1) * plan.part});
             if (!spans[p].empty())
                 some = {min_of(some.begin, spans[p].begin), max_of(some.end, spans[p].end)};
             running[p] = plan.running(plan.splits > 1 ? parts + (p * plan.splits + split) * plan.panel_size()
@@ -171,15 +193,19 @@ struct ForwardUnit {
         // One panel or two do not earn a copy back where tiles have few rows.
         const bool once = SEQKERN_ACCUMULATORS < 16 && count <= 2;
         if (plan.few) {
-            begun[0] = few_queries<A, S>(c, s, kv_head, panels[0], some, rows, tile, v, running[0]);
+            begun[0] = few_queries<A, S>(c, s, kv_head, panels[0], some, rows, tile, v, running[0], plan.far);
             some.end = some.begin;
         }
         for (long from = some.begin / KEYS * KEYS; from < some.end; from += KEYS) {
             const Span keys{max_of(from, some.begin), min_of(from + KEYS, some.end)};
             const Span there{s.from_k + keys.begin, s.from_k + keys.end};
-            const Rows<A> kr = block<A, S>(c.k, s, kv_head, there, c.D, k, once);
+            const Rows<A> kr = block<A, S>(c.k, s, kv_head, there, c.D, k, once, Reads::numbers);
             const Rows<A> vr = without_unseen<A>(
                 c, s, panels, count, block<A, S>(c.v, s, kv_head, there, c.Dv, v, once), keys, c.Dv, v);
+            const bool last = keys.end == some.end;
+            const Ahead next_k = last ? after.k : rows_ahead<S>(c.k, s, kv_head, keys.end, some.end, c.D),
+                        next_v = last ? after.v : rows_ahead<S>(c.v, s, kv_head, keys.end, some.end, c.Dv);
+            bool asks = ASKS_AHEAD;  // the first panel of a block does
             for (long p = 0; p < count; ++p) {
                 const Span here = overlap(spans[p], keys);
                 if (here.empty()) continue;
@@ -189,7 +215,7 @@ struct ForwardUnit {
                 scores.template fetch<S>(here);
                 (half ? gemm<A, 1> : gemm<A, 2>)(size, kr.p + skip * kr.ld, kr.ld,
                                                  {columns + p * c.D * W, W, 0}, 1, c.D, tile, W, 0, false,
-                                                 nullptr);
+                                                 nullptr, asks ? &next_k : nullptr);
                 scores.template apply<S>(tile, W, here, nullptr);
                 const long fading = begun[p] ? panels[p].count : 0;
                 if (half) {
@@ -199,7 +225,8 @@ struct ForwardUnit {
                 }
                 if (c.dropout_p > 0) drop_weights<A>(Dropout<A>(c, s, panels[p]), tile, here);
                 multiply_rows<A, true>(panels[p].count, tile, W, vr.p + skip * vr.ld, vr.ld, plan.Nv, size,
-                                       running[p].out, plan.Nv + n, begun[p]);
+                                       running[p].out, plan.Nv + n, begun[p], asks ? &next_v : nullptr);
+                asks = false;
                 begun[p] = true;
             }
         }

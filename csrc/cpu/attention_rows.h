@@ -116,11 +116,17 @@ struct Rows {
     long ld;
 };
 
-// Rows that a matmul can read where they lie; rows a large power of two apart would share a few cache sets.
+// Rows that a matmul can read where they lie. Rows a large power of two apart would share a few cache sets:
+// of tiles with few registers, which read a row more often, fewer apart than of others.
 template <class A, class S>
-SK_INLINE bool lies_well(long ld, long size) {
-    return __is_same(A, S) && size % Simd<A>::n == 0 && ld * static_cast<long>(sizeof(A)) % 1024 != 0;
+SK_INLINE bool lies_well(long ld) {
+    constexpr long apart = SEQKERN_ACCUMULATORS < 16 ? 1024 : 4096;
+    return __is_same(A, S) && ld * static_cast<long>(sizeof(A)) % apart != 0;
 }
+
+// How much of a row a matmul reads: as many numbers as there are, or whole vectors, of which the rest is kept
+// by nobody.
+enum class Reads { numbers, vectors };
 
 // to[row][0..size) = factor from[row][0..size), zeros up to a whole vector.
 template <class A, class S>
@@ -131,13 +137,24 @@ SK_INLINE void copy_scaled(A* to, const S* from, long size, A factor) {
 // Rows of x for a matmul; what is read once only is not copied for the cache's sake.
 template <class A, class S>
 SK_INLINE Rows<A> block(const Operand& x, const Sequence& s, long h, Span rows, long size, A* buffer,
-                        bool once = false) {
+                        bool once = false, Reads reads = Reads::vectors) {
     const S* from = row_of<S>(x, s, h, rows.begin);
-    if (lies_well<A, S>(once ? 1 : x.i, size)) return {reinterpret_cast<const A*>(from), x.i};
+    const long most = reads == Reads::vectors ? padded<A>(size) : size;
+    // What lies behind a row may be read up to the end of the last one.
+    const bool there = most == size || most - size <= (s.from_k + s.S - rows.end) * x.i;
+    if (there && lies_well<A, S>(once ? 1 : x.i)) return {reinterpret_cast<const A*>(from), x.i};
     const long ld = buffer_ld<A>(size);
     for (long r = 0; r < rows.end - rows.begin; ++r)
         copy_scaled<A, S>(buffer + r * ld, from + r * x.i, size, 1);
     return {buffer, ld};
+}
+
+// Rows of x that a product before theirs asks for.
+template <class S>
+SK_INLINE Ahead rows_ahead(const Operand& x, const Sequence& s, long h, long first, long end, long size) {
+    const long row_bytes = x.i * static_cast<long>(sizeof(S));
+    return {reinterpret_cast<const char*>(row_of<S>(x, s, h, s.from_k + first)), row_bytes,
+            min_of(KEYS, end - first), max_of(1, ceil_div(size * static_cast<long>(sizeof(S)), 64))};
 }
 
 // The rows of a panel of x, times a factor, row-major: [count][buffer_ld].

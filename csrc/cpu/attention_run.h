@@ -40,7 +40,7 @@ void attention_forward_run(const AttentionForward& c, char* shared, const Team& 
         // The last queries of a causal call see most keys: they come first.
         const long at = plan.blocks - 1 - rest % plan.blocks, group = rest / plan.blocks;
         A* here = parts + (group * plan.blocks + at) * plan.together * of_panel;
-        unit.run(sequence(c, group / c.Hkv), group % c.Hkv, at, split, here);
+        unit.run(sequence(c, group / c.Hkv), group % c.Hkv, at, split, here, unit.first_of(u + team.threads));
     }
     if (plan.splits > 1) {
         barrier(all, team.threads);

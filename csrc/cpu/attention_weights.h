@@ -107,7 +107,8 @@ struct WeightsUnit {
             const Span here = overlap(seen_by_some<A>(c, s, panel.first, panel.last), keys);
             for (long h = from; h < to && !here.empty(); ++h) {
                 panel = panel_of_head<A>(h, first, s.L);
-                const Rows<A> kr = block<A, S>(c.k, s, h / (c.Hq / c.Hkv), here, c.D, k);
+                const Rows<A> kr =
+                    block<A, S>(c.k, s, h / (c.Hq / c.Hkv), here, c.D, k, false, Reads::numbers);
                 weights_again<A, S>(Scores<A>(c, s, panel), again(h), kr, here, tile, W, nullptr);
                 if (c.dropout_p > 0) drop_weights<A>(Dropout<A>(c, s, panel), tile, here);
                 A* to_sum = sum + (here.begin - keys.begin) * W;

@@ -102,12 +102,39 @@ struct Lead {
 // gives by itself to machines with AVX-512 can be less than half of what a tile takes.
 constexpr bool ASKS_AHEAD = SEQKERN_VECTOR_BYTES == 64;
 
-// ahead: the first of the lines that are asked for, or null.
+// Tiles of few sums use a line sooner, and ask for two.
+template <int NV>
+constexpr long lines_asked(long rows) {
+    return NV == 1 || rows <= max_rows<NV>() / 2 ? 2 : 1;
+}
+
+// What the tiles of a product ask for: `columns` of lines, `rows` in each, column after column for as many
+// rows as a tile has steps. Packed numbers are one column of neighbouring lines.
+struct Ahead {
+    const char* first = nullptr;
+    long row_bytes = 64, rows = 0, columns = 1;
+
+    // The first line for a tile that asks for `lines` at once, or null, and from there to the next.
+    struct Line {
+        const char* p;
+        long bytes;
+    };
+    SK_INLINE Line of_tile(long tile, long steps, long lines) const {
+        if (row_bytes == 64) {
+            const long row = tile * steps * lines;
+            return {row < rows ? first + row * 64 : nullptr, lines * 64};
+        }
+        const long together = ceil_div(columns, lines), row = tile / together * steps;
+        return {row < rows ? first + row * row_bytes + tile % together * lines * 64 : nullptr, row_bytes};
+    }
+};
+
+// line: the first that is asked for, the next ones line_bytes apart.
 // Numbers one by one: a struct of them would be written in parts and read as a whole, which no processor
 // forwards, so that each tile would wait until the one before it has left the pipeline.
 template <class E, int MR, int NV, int NP, bool KMAJOR, bool LED = false>
 void tile(const E* __restrict a, long lda, const E* __restrict b, long ldb, long b_stride, long K, Sum<E>* o,
-          long ldo, long o_stride, bool accumulate, const Lead<E>* lead, const E* ahead) {
+          long ldo, long o_stride, bool accumulate, const Lead<E>* lead, const char* line, long line_bytes) {
     using F = Factor<E>;
     using A = Sum<E>;
     constexpr int n = Simd<A>::n;
@@ -117,8 +144,6 @@ void tile(const E* __restrict a, long lda, const E* __restrict b, long ldb, long
     for (int m = 0; m < MR; ++m) SK_UNROLL
     for (int v = 0; v < NV; ++v) acc[p][m][v] = Vec<A>{};
     const Lead<E> last = {a, lda, b, K};
-    const char* line = reinterpret_cast<const char*>(ahead ? ahead : b);
-    const long line_bytes = ahead ? 64 : 0;
     for (int product = LED ? 0 : 1; product < 2; ++product) {
         if constexpr (LED) {
             const Lead<E>& now = product ? last : *lead;
@@ -144,6 +169,7 @@ void tile(const E* __restrict a, long lda, const E* __restrict b, long ldb, long
             b += ldb;
             if constexpr (ASKS_AHEAD) {
                 __builtin_prefetch(line, 0, 2);
+                if constexpr (lines_asked<NV>(MR) == 2) __builtin_prefetch(line + 64, 0, 2);
                 line += line_bytes;
             }
             if (KMAJOR) {
@@ -165,7 +191,7 @@ void tile(const E* __restrict a, long lda, const E* __restrict b, long ldb, long
 
 template <class E>
 using TileFn = void (*)(const E*, long, const E*, long, long, long, Sum<E>*, long, long, bool, const Lead<E>*,
-                        const E*);
+                        const char*, long);
 
 template <class E, int NV, int NP, bool KMAJOR, bool LED = false, int MR = max_rows<NV>()>
 SK_INLINE TileFn<E> find_tile(long rows) {
@@ -190,15 +216,15 @@ __attribute__((noinline)) TileFn<E> tile_for(long rows, long panels) {
 template <class E>
 constexpr long K_BLOCK = 1024 * Factor<E>::depth;
 
-// o[panel][row][W] (+)= a[row][k] b[panel][k][W]; KMAJOR: a[k][row]. next: the packed panel that a later call
-// begins with, or null.
+// o[panel][row][W] (+)= a[row][k] b[panel][k][W]; KMAJOR: a[k][row]. Packed panels are asked for ahead:
+// `next` is the one that a later call begins with, or null. With `ask` that is asked for instead.
 template <class E, int NV, bool KMAJOR = false>
 void gemm(long M, const E* a, long lda, const Panels<E>& b, long panels, long K, Sum<E>* o, long ldo,
-          long o_stride, bool accumulate, const E* next = nullptr) {
+          long o_stride, bool accumulate, const E* next = nullptr, const Ahead* ask = nullptr) {
     if (M <= 0) return;
     constexpr int STEP = Factor<E>::depth;
-    constexpr long W = NV * Simd<Sum<E>>::n * STEP, LINE = 64 / sizeof(E);  // numbers in a step, in a line
-    long tiles = ceil_div(M, max_rows<NV>()), base = M / tiles, longer = M % tiles;
+    constexpr long W = NV * Simd<Sum<E>>::n * STEP;  // numbers in a step
+    long tiles = ceil_div(M, max_rows<NV>()), base = M / tiles, longer = M % tiles, asked = 0;
     for (long k0 = 0; k0 == 0 || k0 < K; k0 += K_BLOCK<E>) {
         long depth = min_of(K_BLOCK<E>, K - k0);
         const E* from = a + (KMAJOR ? k0 / STEP * lda : k0);
@@ -207,18 +233,24 @@ void gemm(long M, const E* a, long lda, const Panels<E>& b, long panels, long K,
             if (group == 3) group = 2;
             TileFn<E> small = tile_for<E, NV, KMAJOR>(base, group);
             TileFn<E> large = longer ? tile_for<E, NV, KMAJOR>(base + 1, group) : small;
-            const E* ahead = p + group < panels ? b.at(p + group, k0)
+            const E* after = p + group < panels ? b.at(p + group, k0)
                              : k0 + depth < K   ? b.at(0, k0 + depth)
                                                 : next;
-            const long asked = depth / STEP * LINE;  // by a tile
-            long to_ask = ahead && b.ld == W ? (depth == K ? group : 1) * (b.at(0, depth) - b.at(0)) : 0;
+            const long bytes =
+                (depth == K ? group : 1) * (b.at(0, depth) - b.at(0)) * static_cast<long>(sizeof(E));
+            const Ahead panel{reinterpret_cast<const char*>(after), 64,
+                              after && b.ld == W ? ceil_div(bytes, 64) : 0};
+            const long steps = depth / STEP;
             for (long i = 0, row = 0; i < tiles; ++i) {
-                long rows = base + (i < longer);
-                (i < longer ? large : small)(from + row * (KMAJOR ? STEP : lda), lda, b.at(p, k0), b.ld,
-                                             b.stride, depth, o + p * o_stride + row * ldo, ldo, o_stride,
-                                             accumulate || k0 > 0, nullptr,
-                                             to_ask > 0 ? ahead + i * asked : nullptr);
-                row += rows, to_ask -= asked;
+                const long rows = base + (i < longer);
+                const long lines = lines_asked<NV>(rows);
+                const Ahead::Line line =
+                    ask ? ask->of_tile(asked++, steps, lines) : panel.of_tile(i, steps, lines);
+                (i < longer ? large : small)(
+                    from + row * (KMAJOR ? STEP : lda), lda, b.at(p, k0), b.ld, b.stride, depth,
+                    o + p * o_stride + row * ldo, ldo, o_stride, accumulate || k0 > 0, nullptr,
+                    line.p ? line.p : reinterpret_cast<const char*>(a), line.p ? line.bytes : 0);
+                row += rows;
             }
             p += group;
         }
@@ -234,7 +266,7 @@ SK_INLINE void gemm_led(long M, Lead<E> lead, const E* a, long lda, const E* b, 
     for (long i = 0; i < tiles; ++i) {
         const long row = M * i / tiles, rows = M * (i + 1) / tiles - row;
         find_tile<E, NV, 1, false, true>(rows)(a + row * lda, lda, b, ldb, 0, K, o + row * ldo, ldo, 0, false,
-                                               &lead, nullptr);
+                                               &lead, reinterpret_cast<const char*>(b), 0);
         lead.a += rows * lead.lda;
     }
 }
@@ -243,10 +275,10 @@ SK_INLINE void gemm_led(long M, Lead<E> lead, const E* a, long lda, const E* b, 
 // number of vectors.
 template <class A, bool KMAJOR = false>
 void multiply_rows(long M, const A* a, long lda, const A* b, long ldb, long N, long K, A* o, long ldo,
-                   bool accumulate) {
+                   bool accumulate, const Ahead* ask = nullptr) {
     constexpr long n = Simd<A>::n, W = 2 * n;
     const long whole = N / W;
-    if (whole) gemm<A, 2, KMAJOR>(M, a, lda, {b, ldb, W}, whole, K, o, ldo, W, accumulate);
+    if (whole) gemm<A, 2, KMAJOR>(M, a, lda, {b, ldb, W}, whole, K, o, ldo, W, accumulate, nullptr, ask);
     if (N % W)
         gemm<A, 1, KMAJOR>(M, a, lda, {b + whole * W, ldb, n}, 1, K, o + whole * W, ldo, n, accumulate);
 }

@@ -482,8 +482,9 @@ struct BackwardScan {
         for (long p = panels.begin; p < panels.end; ++p) {
             const Panels<E> panel = packed_panels(b, chunk, PW, p);
             for (long m = 0; to.sums && m < width; ++m) ask_for(to.sums + (first + m) * columns + p * PW, PW);
+            const bool last = p + 1 == panels.end;
             run(block, width * F::depth, panel.first, panel.ld, 0, rows, tile, PW, 0, false, nullptr,
-                p + 1 < panels.end ? panel.at(1) : nullptr);
+                reinterpret_cast<const char*>(panel.at(last ? 0 : 1)), last ? 0 : 64);
             for (long m = 0; m < width; ++m) {
                 const long at = (first + m) * columns + p * PW;
                 if (at_once) {
