@@ -93,9 +93,43 @@ Tensor mm_op(Tensor a, Tensor b) {
     return output;
 }
 
+void ending_op(Tensor y, Maybe bias, int64_t activation, Maybe x, Maybe weight, Maybe norm_bias,
+               std::optional<double> eps) {
+    SK_REQUIRE(y.dim() >= 1 && lies_plain(y), "y must be contiguous and have a dimension");
+    Ending call{};
+    call.dtype = dtype_of(y);
+    call.columns = y.size(-1);
+    const auto act = static_cast<Activation>(activation);
+    SK_REQUIRE(act == Activation::none || act == Activation::relu ||
+                   (act == Activation::gelu && call.dtype != Dtype::f64),
+               "activation is ", activation, ", expected 0, 1 (relu) or, not for float64, 2 (gelu)");
+    call.activation = act;
+    Maybe kept[4] = {bias, x, weight, norm_bias};
+    const void* data[4] = {};
+    const char* names[4] = {"bias", "x", "weight", "norm_bias"};
+    for (int i = 0; i < 4; ++i) {
+        if (!kept[i]) continue;
+        SK_REQUIRE(kept[i]->is_cpu() && kept[i]->scalar_type() == y.scalar_type(), names[i],
+                   " must be on the CPU and of y's dtype");
+        Sizes sizes{call.columns};
+        if (i == 1) sizes.assign(y.sizes().begin(), y.sizes().end());
+        require_sizes(*kept[i], names[i], sizes);
+        if (!lies_plain(*kept[i])) kept[i] = torch::stable::contiguous(*kept[i]);
+        data[i] = kept[i]->const_data_ptr();
+    }
+    if (y.numel() == 0) return;
+    call.rows = y.numel() / call.columns;
+    call.y = y.mutable_data_ptr();
+    call.bias = data[0], call.x = data[1];
+    call.normed = eps.has_value();
+    if (eps) call.norm = {data[2], data[3], *eps};
+    seqkern::ending(call);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
     m.impl("linear", TORCH_BOX(&linear_op));
     m.impl("mm", TORCH_BOX(&mm_op));
+    m.impl("ending_", TORCH_BOX(&ending_op));
 }

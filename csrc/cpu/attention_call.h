@@ -70,12 +70,6 @@ struct Weights {
     const void* b;
 };
 
-// y = (x - mean) / sqrt(variance + eps) w + b. w, b: [E] or null.
-struct LayerNorm {
-    const void *w, *b;
-    double eps;
-};
-
 // One new position of each sequence through a layer of a transformer. Sizes: B sequences, E features, F of
 // the feed-forward.
 struct StepCall {

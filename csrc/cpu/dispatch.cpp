@@ -77,6 +77,8 @@ const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 // A thread more is worth its start and its barriers from about this much work on.
 constexpr double FLOP_WORTH_A_THREAD = 150e3;
+// What a number that stands behind a product takes, in the time of that: it waits for memory.
+constexpr double FLOP_OF_AN_ENDING = 30;
 
 using Clock = std::chrono::steady_clock;
 
@@ -127,6 +129,10 @@ int threads_for(const StepCall& c) {
 
 int threads_for(const Product& c) {
     return threads_worth(2.0 * static_cast<double>(c.rows) * static_cast<double>(c.columns * c.depth));
+}
+
+int threads_for(const Ending& c) {
+    return threads_worth(FLOP_OF_AN_ENDING * static_cast<double>(c.rows * c.columns));
 }
 
 int threads_for(const Layer& c) {
@@ -347,6 +353,8 @@ void linear(const LinearCall& call) {
 }
 
 void product(const Product& call) { run(call, 0, in_use().linear->product); }
+
+void ending(const Ending& call) { run(call, 0, in_use().linear->ending); }
 
 double fma_peak(double seconds) {
     Probe probe{kernels(), seconds, nullptr, 0};

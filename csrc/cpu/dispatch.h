@@ -28,6 +28,7 @@ void attention_backward(const AttentionBackward& call);
 void transformer_step(StepCall call);
 void linear(const LinearCall& call);
 void product(const Product& call);
+void ending(const Ending& call);
 
 double fma_peak(double seconds);                             // GFLOP/s, all threads, float32
 double read_bandwidth(unsigned long bytes, double seconds);  // GB/s, all threads, each its own share

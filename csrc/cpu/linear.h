@@ -4,6 +4,7 @@
 #include "gemv.h"
 #include "linear_call.h"
 #include "linear_dense.h"
+#include "norm.h"
 #include "parallel.h"
 
 namespace seqkern {
@@ -71,7 +72,13 @@ static void product(const Product& c, char*, const Team& team) {
 #undef SK_CALL
 }
 
-static const LinearTable linear_table = {linear_shared, linear, product};
+static void ending(const Ending& c, char*, const Team& team) {
+#define SK_CALL(A, S) return ending_run<A, S>(c, team)
+    SK_FOR_STORAGE(c.dtype, SK_CALL)
+#undef SK_CALL
+}
+
+static const LinearTable linear_table = {linear_shared, linear, product, ending};
 
 }  // namespace SEQKERN_ISA
 }  // namespace seqkern

@@ -17,7 +17,7 @@ static void product(const Product& c, char* shared, const Team& team) {
 
 const seqkern::LinearTable* seqkern::linear_avx512bf16_table() {
     static const LinearTable table = {linear_avx512_table()->shared_bytes, linear_avx512_table()->run,
-                                      isa_avx512bf16::product};
+                                      isa_avx512bf16::product, linear_avx512_table()->ending};
     return &table;
 }
 #else

@@ -36,10 +36,29 @@ struct Product {
     void* out;  // [rows, columns]
 };
 
+// y = (x - mean) / sqrt(variance + eps) w + b. w, b: [E] or null.
+struct LayerNorm {
+    const void *w, *b;
+    double eps;
+};
+
+// y[r] = norm(x[r] + activation(y[r] + bias)), in place: what stands behind a product. y, x: [rows, columns],
+// plain.
+struct Ending {
+    Dtype dtype;
+    long rows, columns;
+    void* y;
+    const void *bias, *x;  // [columns], [rows, columns]; null: none
+    Activation activation;
+    bool normed;
+    LayerNorm norm;
+};
+
 struct LinearTable {
     unsigned long (*shared_bytes)(const LinearCall&);
     void (*run)(const LinearCall&, char* shared, const Team&);
     void (*product)(const Product&, char*, const Team&);
+    void (*ending)(const Ending&, char*, const Team&);
 };
 
 const LinearTable* linear_baseline_table();

@@ -3,8 +3,8 @@
 // saves a barrier and leaves the input of the next product in its own cache.
 #pragma once
 
-#include "activation.h"
 #include "attention_run.h"
+#include "norm.h"
 
 namespace seqkern {
 namespace SEQKERN_ISA {
@@ -44,34 +44,6 @@ class Step : StepShared<A, S> {
     SK_INLINE void meet() const { barrier(&team.barriers[team.threads], team.threads); }
     bool gave_up() const { return __atomic_load_n(team.failed, __ATOMIC_RELAXED); }
 
-    // to[0..E) = the norm of from[0..E), which may be the same; zeros lie behind from.
-    void normalize_row(const LayerNorm& norm, const A* from, A* to) const {
-        Vec<A> sum{};
-        for (long i = 0; i < c.E; i += n) sum += load<A>(from + i);
-        A total = 0;
-        for (long lane = 0; lane < n; ++lane) total += sum[lane];
-        const A mean = total / static_cast<A>(c.E);
-        Vec<A> squares{};
-        const auto at = lanes<A>([](int lane) { return lane; });
-        for (long i = 0; i < c.E; i += n) {
-            Vec<A> d = load<A>(from + i) - mean;
-            if (c.E - i < n) d = at < static_cast<int>(c.E - i) ? d : Vec<A>{};
-            squares += d * d;
-        }
-        A spread = 0;
-        for (long lane = 0; lane < n; ++lane) spread += squares[lane];
-        const double variance = static_cast<double>(spread) / static_cast<double>(c.E);
-        const A factor = static_cast<A>(1 / __builtin_sqrt(variance + norm.eps));
-        for (long i = 0; i < c.E; i += n) {
-            const long count = min_of(n, c.E - i);
-            Vec<A> y = (load<A>(from + i) - mean) * factor;
-            if (norm.w) y *= load_n<A>(static_cast<const S*>(norm.w) + i, count);
-            if (norm.b) y += load_n<A>(static_cast<const S*>(norm.b) + i, count);
-            if (count < n) y = at < static_cast<int>(count) ? y : Vec<A>{};
-            store<A>(to + i, y);
-        }
-    }
-
     // [B, E] of the storage's type -> rows [B][ld], with zeros up to a whole vector.
     void widen_rows(const S* from, A* to) const {
         for (long b = 0; b < c.B; ++b)
@@ -89,12 +61,12 @@ class Step : StepShared<A, S> {
                 if (c.norm_first)
                     copy_row<A>(to, stream + b * ld, ld - n);
                 else
-                    normalize_row(c.norms[part - 1], stream + b * ld, to);
+                    normalize_row<A, S>(c.norms[part - 1], c.E, stream + b * ld, to);
             }
         }
         for (long b = 0; b < c.B; ++b) {
             if (c.norm_first)
-                normalize_row(c.norms[part], base + b * ld, rows + b * ld);
+                normalize_row<A, S>(c.norms[part], c.E, base + b * ld, rows + b * ld);
             else
                 copy_row<A>(rows + b * ld, base + b * ld, ld - n);
         }
@@ -154,7 +126,7 @@ class Step : StepShared<A, S> {
     void finish() {
         const Range mine = share(c.B, team.thread, team.threads);
         for (long b = mine.begin; b < mine.end; ++b) {
-            normalize_row(c.norms[c.remembers ? 2 : 1], stream + b * ld, rows);
+            normalize_row<A, S>(c.norms[c.remembers ? 2 : 1], c.E, stream + b * ld, rows);
             for (long i = 0; i < c.E; i += n)
                 store_n<A>(static_cast<S*>(c.y) + b * c.E + i, load<A>(rows + i), c.E - i);
         }

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from seqkern import functional
 from seqkern.dispatcher.choice import TOO_SMALL, attention_has_kernels, declined, takes
+from seqkern.functional._layer import Layer, Norm
+from seqkern.functional._layer import encoder_layer as encoder_layer_of
 from seqkern.ops import _backend, _torchs_own
 from seqkern.ops._attention_backends import Wanted
 from seqkern.spec.attention import Options, Tensors
@@ -159,25 +161,19 @@ def encoder_layer(own: Callable) -> Callable:
             return _torchs_own.call(own, src, embed_dim, num_heads, *attends, *options)
         rows, seen = ours
 
-        def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return F.layer_norm(x, (embed_dim,), weight, bias, eps)
+        def attend(three: Tensor) -> Tensor:
+            return _attend(rows, three, num_heads, seen)[0]
 
-        # In place where the memory is new, as torch's path: there is no gradient to keep anything for.
-        def attention(x: Tensor) -> Tensor:
-            output, _ = _attend(rows, functional.linear(x, qkv_weight, qkv_bias), num_heads, seen)
-            return functional.linear(output, proj_weight, proj_bias)
-
-        def feed(x: Tensor) -> Tensor:
-            x = functional.linear(x, ffn_weight_1, ffn_bias_1, "gelu" if use_gelu else "relu")
-            return functional.linear(x, ffn_weight_2, ffn_bias_2)
-
-        x = rows.data
-        if norm_first:
-            x = attention(norm(x, norm_weight_1, norm_bias_1)).add_(x)
-            x = feed(norm(x, norm_weight_2, norm_bias_2)).add_(x)
-        else:
-            x = norm(attention(x).add_(x), norm_weight_1, norm_bias_1)
-            x = norm(feed(x).add_(x), norm_weight_2, norm_bias_2)
+        layer = Layer(
+            (qkv_weight, qkv_bias),
+            (proj_weight, proj_bias),
+            (ffn_weight_1, ffn_bias_1),
+            (ffn_weight_2, ffn_bias_2),
+            (Norm(norm_weight_1, norm_bias_1, eps), Norm(norm_weight_2, norm_bias_2, eps)),
+            norm_first,
+            "gelu" if use_gelu else "relu",
+        )
+        x = encoder_layer_of(rows.data, layer, attend)
         return rows.like(x)
 
     return run

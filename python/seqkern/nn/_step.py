@@ -47,27 +47,27 @@ def in_one_call(
     if (
         activation is None
         or (activation == "gelu" and dtype is torch.float64)
-        or not _plain(parts, x.shape[2])
+        or not is_plain(parts, x.shape[2])
     ):
         return None
     attention, norm = parts["self_attn"], parts["norm1"]
-    tensors: list[Any] = [*_of_attention(attention), *_of(norm)]
+    tensors: list[Any] = [*weights_of_attention(attention), *weights_of(norm)]
     eps = [norm.eps]
     keys = values = hidden = added = None
     norm = parts["norm2"]
     if "multihead_attn" in parts:
         if parts["multihead_attn"].num_heads != attention.num_heads:
             return None
-        tensors += *_of_attention(parts["multihead_attn"]), *_of(norm)
+        tensors += *weights_of_attention(parts["multihead_attn"]), *weights_of(norm)
         eps.append(norm.eps)
         keys, values = cache.recall(index)
         hidden, added, _ = cache.memory_seen
         norm = parts["norm3"]
-    tensors += *_of(parts["linear1"]), *_of(parts["linear2"]), *_of(norm)
+    tensors += *weights_of(parts["linear1"]), *weights_of(parts["linear2"]), *weights_of(norm)
     eps.append(norm.eps)
     for t in (*tensors, keys, values):
         if t is not None and (type(t) not in _backend.PLAIN or t.dtype is not dtype or not t.is_cpu):
-            return None  # also for text, see _of
+            return None  # also for text, see weights_of
     if added is not None and added.dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
         return None
     own, first = cache.storage(index, x, attention.num_heads, attention.head_dim), layer.norm_first
@@ -77,7 +77,7 @@ def in_one_call(
     return y[:, None]
 
 
-def _plain(parts: dict[str, Any], features: int) -> bool:
+def is_plain(parts: dict[str, Any], features: int) -> bool:
     """Whether the parts of a layer are what torch.nn makes them, and nobody listens: the op is what they compute."""
     if _has_any_global_hook():
         return False
@@ -98,13 +98,13 @@ def _plain(parts: dict[str, Any], features: int) -> bool:
     return True
 
 
-def _of(module: nn.Module) -> tuple[Tensor | str | None, Tensor | str | None]:
+def weights_of(module: nn.Module) -> tuple[Tensor | str | None, Tensor | str | None]:
     """Weight and bias; text for what the module has as something else than a parameter, which parts look up."""
     p = module._parameters
     return p.get("weight", "weight"), p.get("bias", "bias")
 
 
-def _of_attention(attention: nn.Module) -> tuple[Tensor | str | None, ...]:
+def weights_of_attention(attention: nn.Module) -> tuple[Tensor | str | None, ...]:
     p, name = attention._parameters, "in_proj_weight"
     projection: Any = attention._modules["out_proj"]
-    return p.get(name, name), p.get("in_proj_bias", "in_proj_bias"), *_of(projection)
+    return p.get(name, name), p.get("in_proj_bias", "in_proj_bias"), *weights_of(projection)

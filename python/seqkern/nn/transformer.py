@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from seqkern.functional import linear
 from seqkern.nn import _masks
 from seqkern.nn._modules import activation_name, unheard
+from seqkern.nn._whole import in_few_calls
 from seqkern.nn.attention import MultiheadAttention
 from seqkern.nn.cache import KVCache
 from seqkern.nn.generation import Generated, advance, generate
@@ -79,7 +80,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     torch.Size([3, 5, 8])
     """
 
-    in_one_call = True  #: whether this very class's step is `_step.in_one_call`'s; no subclass's is
+    in_one_call = (
+        True  #: whether this very class's step and forward are `_step`'s and `_whole`'s; no subclass's are
+    )
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -92,6 +95,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        whole = in_few_calls(self, src, src_mask, src_key_padding_mask, is_causal)
+        if whole is not None:
+            return whole
+
         def attend(x: Tensor) -> Tensor:
             return self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal)
 

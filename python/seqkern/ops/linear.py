@@ -1,8 +1,10 @@
-"""``seqkern::linear`` and ``seqkern::mm``, the products of linear layers.
+"""``seqkern::linear`` and ``seqkern::mm``, the products of linear layers, and ``seqkern::ending_``, what follows them.
 
 linear: input [..., K], weight [N, K], bias [N] or None -> [..., N], through an activation of `ACTIVATIONS`. Few rows
 read the weights once and as they lie; more have them packed. mm: a [R, K], b [K, C] -> [R, C], transposed matrices as
-they lie. The compiled library adds the implementations on a CPU; the schemas, the shapes and the gradients stand here.
+they lie. ending_: y [..., C] becomes norm(x + a(y + bias)) in place, with what there is of bias [C], activation a, x
+[..., C] and, where eps is given, the norm's weight and bias [C]; without a gradient. The compiled library adds the
+implementations on a CPU; the schemas, the shapes and the gradients stand here.
 """
 
 import torch
@@ -17,6 +19,8 @@ _LIBRARY = torch.library.Library("seqkern", "FRAGMENT")
 for _schema in (
     "linear(Tensor input, Tensor weight, Tensor? bias, int activation=0) -> Tensor",
     "mm(Tensor a, Tensor b) -> Tensor",
+    "ending_(Tensor(a!) y, Tensor? bias, int activation, Tensor? x, Tensor? weight, Tensor? norm_bias, float? eps) "
+    "-> ()",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -29,6 +33,11 @@ def _fake(input, weight, bias, activation=0):
 @torch.library.register_fake("seqkern::mm", lib=_LIBRARY)
 def _fake_mm(a, b):
     return a.new_empty((a.shape[0], b.shape[1]))
+
+
+@torch.library.register_fake("seqkern::ending_", lib=_LIBRARY)
+def _fake_ending(y, bias, activation, x, weight, norm_bias, eps):
+    return None
 
 
 def _setup(ctx, inputs, output):

@@ -1,0 +1,226 @@
+"""An encoder layer without a gradient in few calls: what follows products, torch's results, whom it leaves alone."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import seqkern
+from seqkern.nn import _whole
+from seqkern.testing import DTYPES, relative_rms, tolerance, worst
+
+pytestmark = [pytest.mark.native, pytest.mark.built]
+E, H, FF, B, L = 24, 3, 40, 3, 7
+CAUSAL = torch.ones(L, L).triu(1).bool()
+PADDING = torch.arange(L) >= torch.tensor([7, 2, 5])[:, None]
+CALLS = {
+    "plain": {},
+    "mask": {"src_mask": CAUSAL},
+    "float mask": {"src_mask": torch.zeros(L, L).masked_fill(CAUSAL, -torch.inf)},
+    "padding": {"src_key_padding_mask": PADDING},
+    "causal": {"src_mask": CAUSAL, "is_causal": True},
+}
+ACTIVATIONS = {0: lambda x: x, 1: F.relu, 2: F.gelu}
+
+
+def ending(y, bias, activation, x, weight, norm_bias, eps):
+    """What the op does, in plain torch."""
+    y = ACTIVATIONS[activation](y if bias is None else y + bias)
+    y = y if x is None else x + y
+    return y if eps is None else F.layer_norm(y, y.shape[-1:], weight, norm_bias, eps)
+
+
+def close(got, theirs, exact, layers=1):
+    error = relative_rms(got, exact)
+    allowed = tolerance(got.dtype, relative_rms(theirs, exact), layers)
+    assert got.dtype == theirs.dtype and error <= allowed, (
+        f"{error:.3g} > {allowed:.3g} at {worst(got, exact)}"
+    )
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["", "norm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_follows_a_product(isa, dtype, normed):
+    for rows, columns in ((1, 1), (5, 7), (2, 16), (3, 33), (300, 130)):
+        for has_bias, has_x, affine, activation in itertools.product(*[(False, True)] * 3, (0, 1, 2)):
+            if activation == 2 and dtype is torch.float64:
+                continue
+            y, x = torch.randn(rows, columns).to(dtype), torch.randn(rows, columns).to(dtype)
+            bias, weight, norm_bias = (torch.randn(columns).to(dtype) for _ in range(3))
+            call = (bias if has_bias else None, activation, x if has_x else None)
+            norm = (weight, norm_bias if has_bias else None) if affine and normed else (None, None)
+            call = (*call, *norm, 1e-5 if normed else None)
+            if normed and columns == 1:
+                continue  # 0 or what rounding leaves of it, over the root of eps
+            exact = ending(y.double(), *(t.double() if isinstance(t, torch.Tensor) else t for t in call))
+            theirs = ending(y, *call)
+            torch.ops.seqkern.ending_(y, *call)
+            close(y, theirs, exact)
+
+
+def test_the_op_is_whole():
+    op = torch.ops.seqkern.ending_
+    y, x, b = torch.randn(3, 5), torch.randn(3, 5), torch.randn(5)
+    torch.library.opcheck(op.default, (y, b, 1, x, b, b, 1e-5))
+    torch.library.opcheck(op.default, (y, None, 0, None, None, None, None))
+    op(y[:0], b, 0, None, None, None, 1e-5)
+    strided = torch.randn(10)[::2]
+    want = y + strided
+    op(y, strided, 0, None, None, None, None)
+    assert torch.equal(y, want)
+    kept = y.clone()
+    for wrong, word in (
+        ((y.T, b, 0, None, None, None, None), "contiguous"),
+        ((y, b[:4], 0, None, None, None, None), "bias has sizes"),
+        ((y, b.double(), 0, None, None, None, None), "dtype"),
+        ((y, b, 0, x[:2], None, None, None), "x has sizes"),
+        ((y, b, 3, None, None, None, None), "activation"),
+        ((y.double(), None, 2, None, None, None, None), "activation"),
+        ((y.long(), None, 0, None, None, None, None), "float32"),
+    ):
+        with pytest.raises(RuntimeError, match=word):
+            op(*wrong)
+    assert torch.equal(y, kept)
+
+
+def layers(dtype=torch.float32, **options):
+    options = {"dim_feedforward": FF, "dtype": dtype} | options
+    theirs = nn.TransformerEncoderLayer(E, H, **options).eval()
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.3)
+    ours = seqkern.nn.TransformerEncoderLayer(E, H, **options).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@torch.no_grad()
+def test_as_torch(activation, dtype, call):
+    masks = {
+        k: v.to(dtype) if getattr(v, "dtype", None) == torch.float32 else v for k, v in CALLS[call].items()
+    }
+    for norm_first, batch_first, bias in itertools.product((False, True), repeat=3):
+        options = {
+            "norm_first": norm_first,
+            "batch_first": batch_first,
+            "bias": bias,
+            "activation": activation,
+        }
+        theirs, ours = layers(dtype, **options)
+        x = torch.randn(B, L, E).to(dtype)
+        x = x if batch_first else x.transpose(0, 1)  # strided, too
+        kept = x.clone()
+        got = _whole.in_few_calls(
+            ours, x, masks.get("src_mask"), masks.get("src_key_padding_mask"), "is_causal" in masks
+        )
+        if activation == "gelu" and dtype is torch.float64:
+            assert got is None
+            continue
+        assert got is not None and torch.equal(got, ours(x, **masks)) and torch.equal(x, kept)
+        want = theirs(x, **masks)
+        exact = copy.deepcopy(theirs).double()(
+            x.double(),
+            **{k: v.double() if torch.is_tensor(v) and v.dtype == dtype else v for k, v in masks.items()},
+        )
+        assert got.shape == want.shape
+        close(got, want, exact, layers=8)
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Own(seqkern.nn.TransformerEncoderLayer):
+    def _ff_block(self, x):
+        return super()._ff_block(x) + 1
+
+
+def with_hook(name):
+    def change(layer):
+        layer.get_submodule(name).register_forward_hook(lambda module, args, output: None)
+
+    return change
+
+
+def with_own(name):
+    def change(layer):
+        setattr(layer, name, lambda *args, **kwargs: args[0])
+
+    return change
+
+
+CHANGES = {
+    "hook on self_attn": with_hook("self_attn"),
+    "hook on linear1": with_hook("linear1"),
+    "hook on norm2": with_hook("norm2"),
+    "_ff_block": with_own("_ff_block"),
+    "_sa_block": with_own("_sa_block"),
+    "attention that trains": lambda layer: layer.self_attn.train(),
+    "dropout that trains": lambda layer: layer.dropout1.train(),
+    "class of its own": lambda layer: object.__setattr__(layer, "__class__", Own),
+    "keys of its own": lambda layer: setattr(
+        layer, "self_attn", seqkern.nn.MultiheadAttention(E, H, add_zero_attn=True)
+    ),
+    "norm of its own": lambda layer: setattr(layer, "norm1", nn.Identity()),
+    "activation": lambda layer: setattr(layer, "activation", torch.tanh),
+    "mixed dtypes": lambda layer: layer.linear1.half(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_changed_layer_runs_its_modules(change):
+    _, layer = layers()
+    x = torch.randn(L, B, E)
+    assert _whole.in_few_calls(layer, x, None, None, False) is not None
+    CHANGES[change](layer)
+    assert _whole.in_few_calls(layer, x, None, None, False) is None
+
+
+def test_where_somebody_looks_on():
+    _, layer = layers()
+    x = torch.randn(L, B, E)
+
+    def taken(x=x, mask=None, padding=None):
+        return _whole.in_few_calls(layer, x, mask, padding, False) is not None
+
+    assert not taken()  # the parameters take gradients
+    with torch.no_grad():
+        assert taken() and taken(mask=CAUSAL) and not taken(mask=CAUSAL, padding=PADDING)
+        assert not taken(x[0]) and not taken(x[:0]) and not taken(x.double()) and not taken(x[..., 1:])
+        for name in ("reference", "torch"):
+            with seqkern.backend(name):
+                assert not taken()
+        with seqkern.backend("cpu"):
+            assert taken()
+        with torch.autocast("cpu", torch.bfloat16), seqkern.backend(None):
+            assert not taken()
+        with Mode():
+            assert not taken()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert not taken()
+        torch.testing.assert_close(torch.func.vmap(layer)(x[None])[0], layer(x))
+    with torch.inference_mode():
+        assert taken()
+
+
+@torch.no_grad()
+def test_errors_are_those_of_the_modules():
+    _, layer = layers()
+    x = torch.randn(L, B, E)
+    for call, kind, word in (
+        ({"src_mask": CAUSAL[1:]}, RuntimeError, "attn_mask is"),
+        ({"src_mask": CAUSAL.long()}, AssertionError, "expected bool"),
+        ({"src_key_padding_mask": PADDING.T}, AssertionError, "key_padding_mask is"),
+        ({"is_causal": True}, RuntimeError, "is_causal is given without attn_mask"),
+    ):
+        with pytest.raises(kind, match=word):
+            layer(x, **call)
