@@ -221,6 +221,19 @@ def test_weights(dtype, options, weights):
 
 
 @pytest.mark.parametrize("weights", ["heads", "mean"])
+@pytest.mark.parametrize("options", ["plain", "everything", "window", "sinks"])
+@pytest.mark.parametrize("sizes", [(90, 300), (300, 1), (17, 129), (3, 150), (16, 2100)], ids=str)
+def test_weights_beside_an_output_that_does_not_change(isa, sizes, options, weights):
+    case = make_case(B=1, Hq=4, Hkv=2, L=sizes[0], S=sizes[1], D=8, weights=weights, **OPTIONS[options])
+    plain = case.options._replace(weights="")
+    want = torch.ops.seqkern.attention(*case.tensors, *plain)[:2]
+    for got in on_threads(lambda: torch.ops.seqkern.attention(*case.tensors, *case.options)):
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    exact = spec.attention(*case.to(torch.float64).tensors, *case.options)[2]
+    assert relative_rms(got[2], exact) < 5e-6
+
+
+@pytest.mark.parametrize("weights", ["heads", "mean"])
 @pytest.mark.parametrize("options", ["plain", "everything", "dropout", "sinks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=named)
 def test_gradient_of_the_weights(isa, dtype, options, weights):

@@ -162,9 +162,11 @@ struct ForwardUnit {
     First first_of(long unit) const {
         if (!ASKS_AHEAD || unit >= plan.units(c)) return {};
         const long group = unit / plan.splits / plan.blocks, from = unit % plan.splits * plan.part;
-        const Sequence s = sequence(c, group / c.Hkv);
-        return {rows_ahead<S>(c.k, s, group % c.Hkv, from, s.S, c.D),
-                rows_ahead<S>(c.v, s, group % c.Hkv, from, s.S, c.Dv)};
+        return first_keys(sequence(c, group / c.Hkv), group % c.Hkv, from);
+    }
+    First first_keys(const Sequence& s, long kv_head, long from) const {
+        return {rows_ahead<S>(c.k, s, kv_head, from, s.S, c.D),
+                rows_ahead<S>(c.v, s, kv_head, from, s.S, c.Dv)};
     }
 
     // Panels first.. of a group against a part of the keys. Parts are left in `parts` [panel][split].
@@ -173,17 +175,37 @@ struct ForwardUnit {
         const long first = block_index * plan.together;
         const long count = min_of(plan.together, group.panels() - first);
         if (count <= 0) return;
-        Span some{s.S, 0};
-        Span spans[MOST];
         Running<A> running[MOST];
         for (long p = 0; p < count; ++p) {
             panels[p] = group.panel(first + p);
+            running[p] = plan.running(plan.splits > 1 ? parts + (p * plan.splits + split) * plan.panel_size()
+                                                      : own + p * plan.panel_size());
+        }
+        meet_keys(s, kv_head, count, split, running, after, nullptr);
+        if (plan.splits == 1) finish(s, count, running);
+    }
+
+    void finish(const Sequence& s, long count, const Running<A>* running) const {
+        for (long p = 0; p < count; ++p) finish_panel<A, S>(c, s, panels[p], running[p], plan.Nv);
+    }
+
+    // Where the weights of panels stay: those of a panel by [key][W], and what those of each block of keys
+    // are relative to, [block][W].
+    struct Kept {
+        A *weights, *tops;
+        long of_panel, tops_of_panel;  // numbers from a panel to the next
+    };
+
+    // The first `count` of `panels` against a part of the keys of a head.
+    void meet_keys(const Sequence& s, long kv_head, long count, long split, const Running<A>* running,
+                   const First& after, const Kept* kept) {
+        Span some{s.S, 0};
+        Span spans[MOST];
+        for (long p = 0; p < count; ++p) {
             spans[p] = seen_by_some<A>(c, s, panels[p].first, panels[p].last);
             if (plan.splits > 1) spans[p] = overlap(spans[p], {split * plan.part, (split + 1) * plan.part});
             if (!spans[p].empty())
                 some = {min_of(some.begin, spans[p].begin), max_of(some.end, spans[p].end)};
-            running[p] = plan.running(plan.splits > 1 ? parts + (p * plan.splits + split) * plan.panel_size()
-                                                      : own + p * plan.panel_size());
             for (long lane = 0; lane < W; ++lane)
                 running[p].m[lane] = -static_cast<A>(__builtin_inf()), running[p].l[lane] = 0;
             panel_rows<A, S>(rows, c.q, s, panels[p], c.D, query_factor<A>(c));
@@ -212,30 +234,31 @@ struct ForwardUnit {
                 const long size = here.end - here.begin, skip = here.begin - keys.begin;
                 const bool half = panels[p].count <= n;
                 const Scores<A> scores(c, s, panels[p]);
+                A* const weights = kept ? kept->weights + p * kept->of_panel + here.begin * W : tile;
                 scores.template fetch<S>(here);
                 (half ? gemm<A, 1> : gemm<A, 2>)(size, kr.p + skip * kr.ld, kr.ld,
-                                                 {columns + p * c.D * W, W, 0}, 1, c.D, tile, W, 0, false,
+                                                 {columns + p * c.D * W, W, 0}, 1, c.D, weights, W, 0, false,
                                                  nullptr, asks ? &next_k : nullptr);
-                scores.template apply<S>(tile, W, here, nullptr);
+                scores.template apply<S>(weights, W, here, nullptr);
                 const long fading = begun[p] ? panels[p].count : 0;
                 if (half) {
-                    join_softmax<A, 1>(tile, size, running[p], fading, plan.Nv);
+                    join_softmax<A, 1>(weights, size, running[p], fading, plan.Nv);
                 } else {
-                    join_softmax<A, 2>(tile, size, running[p], fading, plan.Nv);
+                    join_softmax<A, 2>(weights, size, running[p], fading, plan.Nv);
                 }
-                if (c.dropout_p > 0) drop_weights<A>(Dropout<A>(c, s, panels[p]), tile, here);
-                multiply_rows<A, true>(panels[p].count, tile, W, vr.p + skip * vr.ld, vr.ld, plan.Nv, size,
+                for (long half = 0; kept && half < 2; ++half)
+                    store<A>(kept->tops + p * kept->tops_of_panel + from / KEYS * W + half * n,
+                             load<A>(running[p].m + half * n));
+                if (c.dropout_p > 0) drop_weights<A>(Dropout<A>(c, s, panels[p]), weights, here);
+                multiply_rows<A, true>(panels[p].count, weights, W, vr.p + skip * vr.ld, vr.ld, plan.Nv, size,
                                        running[p].out, plan.Nv + n, begun[p], asks ? &next_v : nullptr);
                 asks = false;
                 begun[p] = true;
             }
         }
-        if (plan.splits > 1) return;
-        for (long p = 0; p < count; ++p) {
+        for (long p = 0; p < count && plan.splits == 1; ++p)
             for (long at = 0; !begun[p] && at < W * (plan.Nv + n); at += n)
                 store<A>(running[p].out + at, Vec<A>{});
-            finish_panel<A, S>(c, s, panels[p], running[p], plan.Nv);
-        }
     }
 
     // The parts of one panel, in the order of the keys.

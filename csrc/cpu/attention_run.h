@@ -23,8 +23,14 @@ void attention_forward_run(const AttentionForward& c, char* shared, const Team& 
         if (!all_ready(team, memory)) return;
         return ShortRows<A, S>{c, memory}.run(team);
     }
-    unsigned long numbers = ForwardUnit<A, S>::numbers(c);
-    if (c.weights.p && WeightsUnit<A, S>::numbers(c) > numbers) numbers = WeightsUnit<A, S>::numbers(c);
+    constexpr unsigned long n = Simd<A>::n;
+    const unsigned long own = ForwardUnit<A, S>::numbers(c);
+    unsigned long numbers = own;
+    const bool keeps = KeptWeights<A, S>::serves(c);
+    if (keeps)
+        numbers += KeptWeights<A, S>(c, nullptr).numbers() + n;
+    else if (c.weights.p && WeightsUnit<A, S>::numbers(c) > numbers)
+        numbers = WeightsUnit<A, S>::numbers(c);
     Scratch scratch(sizeof(A) * numbers);
     A* memory = static_cast<A*>(scratch.p);
     long* next = reinterpret_cast<long*>(shared);
@@ -32,6 +38,11 @@ void attention_forward_run(const AttentionForward& c, char* shared, const Team& 
     if (!all_ready(team, memory)) return;
     Barrier* all = &team.barriers[team.threads];
     ForwardUnit<A, S> unit(c, memory);
+    if (keeps) {
+        const KeptWeights<A, S> weights(c, memory + (own + n - 1) / n * n);
+        for (long u; (u = take_ticket(next)) < weights.units();) weights.run(u, unit);
+        return;
+    }
     const auto& plan = unit.plan;
     const long units = plan.units(c), of_panel = plan.splits * plan.panel_size();
     A* parts = reinterpret_cast<A*>(shared + 64);

@@ -1,5 +1,6 @@
-// The weights themselves, from the log-sum-exp: of each head, or their mean over the heads, which is never
-// more than a tile of each head in memory.
+// The weights themselves: of each head, or their mean over the heads. They are kept from the softmax of some
+// panels; or, with few queries or parts of keys, made again from the log-sum-exp, a tile of each head at a
+// time.
 #pragma once
 
 #include "attention_forward.h"
@@ -119,6 +120,104 @@ struct WeightsUnit {
             for (long lane = 0; lane < W; ++lane) at[lane] = panel.i[lane] * c.weights.i + begin;
             S* out = static_cast<S*>(c.weights.p) + b * c.weights.b + from * c.weights.h;
             tile_to_rows<A, false>(sum, W, keys.end - keys.begin, panel.count, out, at);
+        }
+    }
+};
+
+// The forward of a call that wants the weights: a unit is some panels of queries, against all heads whose
+// weights are added up.
+template <class A, class S>
+struct KeptWeights {
+    static constexpr long n = Simd<A>::n, W = 2 * n, MOST = ForwardPlan<A>::MOST;
+    static constexpr long BYTES = 512L << 10;  // of weights that are kept, so that they stay near
+    const AttentionForward& c;
+    long panels, together, blocks, heads, key_blocks, of_panel;
+    A *kept, *tops, *sums;
+
+    KeptWeights(const AttentionForward& c, A* memory) : c(c) {
+        panels = ceil_div(c.L, W), heads = c.mean ? 1 : c.Hq;
+        key_blocks = ceil_div(c.S, KEYS), of_panel = c.S * W;
+        const long bytes = (c.mean ? 2 : 1) * of_panel * static_cast<long>(sizeof(A));
+        together = max_of(1, min_of(min_of(MOST, panels), BYTES / max_of(1, bytes)));
+        const long wanted = c.threads == 1 ? 1 : c.threads * ForwardPlan<A>::UNITS_OF_A_THREAD;
+        while (together > 1 && c.B * heads * ceil_div(panels, together) < wanted) together /= 2;
+        blocks = ceil_div(panels, together);
+        kept = memory, tops = kept + together * of_panel, sums = tops + together * key_blocks * W;
+    }
+    static bool serves(const AttentionForward& c) {
+        const ForwardPlan<A> plan(c);
+        return c.weights.p && !c.start_q && !plan.few && plan.splits == 1 && c.S > 0;
+    }
+    unsigned long numbers() const {
+        return static_cast<unsigned long>(together * (of_panel * (c.mean ? 2 : 1) + key_blocks * W));
+    }
+    long units() const { return c.B * heads * blocks; }
+
+    void run(long u, ForwardUnit<A, S>& unit) const {
+        const long b = u / blocks / heads, from = c.mean ? 0 : u / blocks % heads,
+                   to = c.mean ? c.Hq : from + 1;
+        const long first = u % blocks * together, count = min_of(together, panels - first), G = c.Hq / c.Hkv;
+        const Sequence s = sequence(c, b);
+        Running<A> running[MOST];
+        for (long p = 0; p < count; ++p)
+            running[p] = unit.plan.running(unit.own + p * unit.plan.panel_size());
+        const typename ForwardUnit<A, S>::Kept keep{kept, tops, of_panel, key_blocks * W};
+        A* const added = c.mean ? sums : kept;
+        for (long h = from; h < to; ++h) {
+            for (long p = 0; p < count; ++p) unit.panels[p] = panel_of_head<A>(h, (first + p) * W, s.L);
+            unit.meet_keys(s, h / G, count, 0, running, unit.first_keys(s, min_of(h + 1, c.Hq - 1) / G, 0),
+                           &keep);
+            for (long p = 0; p < count; ++p)
+                add(s, unit.panels[p], running[p], p, added + p * of_panel, h == from,
+                    static_cast<A>(1) / static_cast<A>(to - from));
+            unit.finish(s, count, running);
+        }
+        for (long p = 0; p < count; ++p) {
+            const Panel<A>& panel = unit.panels[p];
+            long at[W];
+            for (long lane = 0; lane < W; ++lane) at[lane] = panel.i[lane] * c.weights.i;
+            S* out = static_cast<S*>(c.weights.p) + b * c.weights.b + from * c.weights.h;
+            tile_to_rows<A, false>(added + p * of_panel, W, s.S, panel.count, out, at);
+        }
+    }
+
+  private:
+    static SK_INLINE void clear(A* to, Span keys) {
+        for (long at = keys.begin * W; at < keys.end * W; at += n) store<A>(to + at, Vec<A>{});
+    }
+
+    // What a panel's softmax ended with makes weights of what was kept; the first head's clear what no query
+    // sees.
+    void add(const Sequence& s, const Panel<A>& panel, const Running<A>& run, long p, A* to, bool begin,
+             A share) const {
+        const Vec<A> hidden = Vec<A>{} - static_cast<A>(__builtin_inf());
+        const Span seen = seen_by_some<A>(c, s, panel.first, panel.last);
+        if (begin) {
+            clear(to, {0, seen.empty() ? s.S : seen.begin});
+            if (!seen.empty()) clear(to, {seen.end, s.S});
+        }
+        for (long half = 0; half * n < panel.count; ++half) {
+            const Vec<A> m = load<A>(run.m + half * n);
+            Vec<A> top = m, total = load<A>(run.l + half * n);
+            if (c.sinks) {
+                Vec<A> sink;
+                for (long lane = 0; lane < n; ++lane)
+                    sink[lane] = static_cast<A>(c.sinks[panel.h[half * n + lane]] * LOG2E);
+                top = larger(m, sink);
+                const Vec<A> shift = top == hidden ? Vec<A>{} : top;
+                total = total * exp2_below<A>(m - shift) + exp2_below<A>(sink - shift);
+            }
+            const Vec<A> shift = top == hidden ? Vec<A>{} : top, part = total == 0 ? Vec<A>{} : share / total;
+            for (long key = seen.begin; key < seen.end;) {
+                const long block = key / KEYS, end = min_of(seen.end, (block + 1) * KEYS);
+                const Vec<A> factor =
+                    exp2_below<A>(load<A>(tops + (p * key_blocks + block) * W + half * n) - shift) * part;
+                for (; key < end; ++key) {
+                    const Vec<A> w = load<A>(kept + p * of_panel + key * W + half * n) * factor;
+                    A* at = to + key * W + half * n;
+                    store<A>(at, begin ? w : load<A>(at) + w);
+                }
+            }
         }
     }
 };
