@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqkern
 from seqkern.nn import _whole
+from seqkern.ops import _backend
 from seqkern.testing import DTYPES, relative_rms, tolerance, worst
 
 pytestmark = [pytest.mark.native, pytest.mark.built]
@@ -138,6 +141,11 @@ class Mode(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
 class Own(seqkern.nn.TransformerEncoderLayer):
     def _ff_block(self, x):
         return super()._ff_block(x) + 1
@@ -157,6 +165,11 @@ def with_own(name):
     return change
 
 
+def as_function(layer, name):
+    delattr(layer, name)
+    object.__setattr__(layer, name, lambda x: 2 * x)
+
+
 CHANGES = {
     "hook on self_attn": with_hook("self_attn"),
     "hook on linear1": with_hook("linear1"),
@@ -167,11 +180,22 @@ CHANGES = {
     "dropout that trains": lambda layer: layer.dropout1.train(),
     "class of its own": lambda layer: object.__setattr__(layer, "__class__", Own),
     "keys of its own": lambda layer: setattr(
-        layer, "self_attn", seqkern.nn.MultiheadAttention(E, H, add_zero_attn=True)
+        layer, "self_attn", seqkern.nn.MultiheadAttention(E, H, add_zero_attn=True).eval()
     ),
     "norm of its own": lambda layer: setattr(layer, "norm1", nn.Identity()),
     "activation": lambda layer: setattr(layer, "activation", torch.tanh),
     "mixed dtypes": lambda layer: layer.linear1.half(),
+    "norms in float64": lambda layer: layer.norm1.double(),
+    "sizes that broadcast": lambda layer: setattr(layer, "linear2", nn.Linear(FF, 1).eval()),
+    "sparse weights": lambda layer: setattr(
+        layer.linear1, "weight", nn.Parameter(layer.linear1.weight.to_sparse())
+    ),
+    "a function for a norm": lambda layer: as_function(layer, "norm1"),
+    "a function for a dropout": lambda layer: as_function(layer, "dropout1"),
+    "a mixer for an attention": lambda layer: (as_function(layer, "self_attn"), with_own("_sa_block")(layer)),
+    "parametrized": lambda layer: parametrize.register_parametrization(
+        layer.linear1, "weight", nn.Identity()
+    ),
 }
 
 
@@ -185,6 +209,53 @@ def test_a_changed_layer_runs_its_modules(change):
     assert _whole.in_few_calls(layer, x, None, None, False) is None
 
 
+def test_a_layer_of_our_products_as_torch(monkeypatch):
+    """Where torch's matmul is the slower one, each product brings its bias and activation."""
+    monkeypatch.setattr(_backend, "torch_outruns", lambda op, tensors: None)
+    for dtype, norm_first in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        theirs, ours = layers(dtype, norm_first=norm_first, activation="gelu")
+        x = torch.randn(L, B, E).to(dtype)
+        with torch.no_grad():
+            got = _whole.in_few_calls(ours, x, None, None, False)
+            assert got is not None
+            close(got, theirs(x), copy.deepcopy(theirs).double()(x.double()), layers=8)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "one of one", "every other feature", "a part of wider rows"])
+@torch.no_grad()
+def test_any_layout(layout):
+    _, layer = layers()
+    x = {
+        "expanded": torch.randn(1, B, E).expand(L, -1, -1),
+        "one of one": torch.randn(1, 1, E),
+        "every other feature": torch.randn(L, B, 2 * E)[..., ::2],
+        "a part of wider rows": torch.randn(L, B, 2 * E)[..., 3 : E + 3],
+    }[layout]
+    got = _whole.in_few_calls(layer, x, None, None, False)
+    assert torch.equal(got, _whole.in_few_calls(layer, x.contiguous(), None, None, False))
+
+
+def test_the_result_may_be_written_to_with_a_gradient():
+    _, layer = layers()
+    more = torch.ones(E, requires_grad=True)
+    with torch.no_grad():
+        output = layer(torch.randn(L, B, E))
+    output += more
+    output.sum().backward()
+    assert torch.equal(more.grad, torch.full((E,), float(L * B)))
+
+
+def test_float16_sums_its_bias_before_it_rounds():
+    _, layer = layers(torch.float16, norm_first=True)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.zero_()
+        layer.norm2.bias.fill_(100)
+        layer.linear1.weight.fill_(29.17)  # 24 products of 100 with it are 70000, more than any float16
+        layer.linear1.bias.fill_(-10000)
+        assert layer(torch.zeros(L, B, E, dtype=torch.float16)).isfinite().all()
+
+
 def test_where_somebody_looks_on():
     _, layer = layers()
     x = torch.randn(L, B, E)
@@ -196,11 +267,25 @@ def test_where_somebody_looks_on():
     with torch.no_grad():
         assert taken() and taken(mask=CAUSAL) and not taken(mask=CAUSAL, padding=PADDING)
         assert not taken(x[0]) and not taken(x[:0]) and not taken(x.double()) and not taken(x[..., 1:])
-        for name in ("reference", "torch"):
+        for name in ("reference", "torch", "cpu"):
             with seqkern.backend(name):
                 assert not taken()
-        with seqkern.backend("cpu"):
-            assert taken()
+        with _backend.watch():
+            assert not taken()
+        with Functions():
+            assert not taken()
+        with torch.autograd.forward_ad.dual_level():
+            assert not taken()
+        handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+        assert not taken()
+        handle.remove()
+        assert taken()
+
+        def traced(x):
+            assert not taken()
+            return x + 1
+
+        torch.jit.trace(traced, x, check_trace=False)
         with torch.autocast("cpu", torch.bfloat16), seqkern.backend(None):
             assert not taken()
         with Mode():

@@ -76,7 +76,7 @@ struct ForwardPlan {
     // Keys of a part: all of them where there is enough else to share out.
     static long part_of(long units, long S, long multiplied) {
         if (units < UNITS && S >= 2048) return 1024;
-        if (units == 1 && S > KEYS && multiplied >= 1L << 18) return ceil_div(S, 4 * KEYS) * KEYS;
+        if (units == 1 && S > KEYS && multiplied >= 1L << 17) return ceil_div(S, 4 * KEYS) * KEYS;
         return max_of(S, 1);
     }
     long together, blocks, splits, part, Nv;  // panels of a unit, units of a group, parts of the keys, of one

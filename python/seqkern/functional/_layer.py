@@ -40,19 +40,34 @@ class Layer(NamedTuple):
 
 
 def encoder_layer(x: Tensor, layer: Layer, attend: Callable[[Tensor], Tensor]) -> Tensor:
-    """x [..., E] through a layer whose attention makes [..., E] of [..., 3 E]; inputs and parameters are plain tensors
-    of one dtype, and nothing takes a gradient."""
-    run = _by_parts if lacks_kernel(x, layer.activation) else _in_few_calls
-    return run(x, layer, attend)
+    """x [..., E] through a layer whose attention makes [..., E] of [..., 3 E]; inputs and parameters are plain tensors,
+    and nothing takes a gradient."""
+    short = may_be_short(x, layer.activation) and fits(x, layer)
+    return (in_few_calls if short else _by_parts)(x, layer, attend)
 
 
-def lacks_kernel(x: Tensor, activation: str) -> bool:
-    """Whether the products of a layer must be followed by torch's functions."""
+def may_be_short(x: Tensor, activation: str) -> bool:
+    """Whether the products of a layer may be followed by a kernel of ours, past torch's functions."""
+    if _backend.special or _backend.is_looked_on():
+        return False
+    if torch._C._len_torch_function_stack() > 0:  # type: ignore[attr-defined]  # whose modes may keep what is returned
+        return False
     if not (_backend.CPU_READY and x.is_cpu and x.dtype in _backend.CPU_DTYPES and x.numel()):
-        return True
-    if activation == "gelu" and x.dtype is torch.float64:
-        return True
-    return not _backend.unseen("cpu") or _backend.is_looked_on()
+        return False
+    return x.layout is torch.strided and not (activation == "gelu" and x.dtype is torch.float64)
+
+
+def fits(x: Tensor, layer: Layer) -> bool:
+    """Whether parameters are what torch's constructors make: of x's dtype, and of sizes that nothing broadcasts."""
+    E, F_ = x.shape[-1], layer.up[0].shape[0]
+    of_norms = zip(layer.norms[0][:2] + layer.norms[1][:2], ((E,),) * 4)
+    sizes = ((3 * E, E), (3 * E,), (E, E), (E,), (F_, E), (F_,), (E, F_), (E,))
+    for t, size in (*zip((*layer.qkv, *layer.out, *layer.up, *layer.down), sizes), *of_norms):
+        if t is not None and (
+            t.shape != size or t.dtype is not x.dtype or not t.is_cpu or t.layout is not torch.strided
+        ):
+            return False
+    return F_ > 0
 
 
 def _by_parts(x: Tensor, layer: Layer, attend: Callable[[Tensor], Tensor]) -> Tensor:
@@ -68,14 +83,17 @@ def _by_parts(x: Tensor, layer: Layer, attend: Callable[[Tensor], Tensor]) -> Te
     return x
 
 
-def _in_few_calls(x: Tensor, layer: Layer, attend: Callable[[Tensor], Tensor]) -> Tensor:
+def in_few_calls(x: Tensor, layer: Layer, attend: Callable[[Tensor], Tensor]) -> Tensor:
     first, norms = layer.norm_first, layer.norms
     rows = x.reshape(-1, x.shape[-1])
     seen = norms[0](rows) if first else rows
     heads = attend(_with_bias(seen, *layer.qkv).view(*x.shape[:-1], -1))
     rows = _product(heads.reshape(rows.shape), *layer.out, None, rows, None if first else norms[0])
     inner = _product(norms[1](rows) if first else rows, *layer.up, layer.activation)
-    return _product(inner, *layer.down, None, rows, None if first else norms[1]).view(x.shape)
+    # No view, which could not be written to once gradients are enabled again.
+    return torch.ops.aten._unsafe_view.default(
+        _product(inner, *layer.down, None, rows, None if first else norms[1]), x.shape
+    )
 
 
 def _with_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,13 +112,15 @@ def _product(
 ) -> Tensor:
     """norm(residual + activation(x W^T + bias)) of rows."""
     what = ACTIVATIONS[activation]
-    if _backend.torch_outruns("linear", (x, weight, bias)):
-        y = torch.mm(x, weight.t())
-    else:
+    if not _backend.torch_outruns("linear", (x, weight, bias)):
         y = direct_linear(x, weight, bias, what)
-        what, bias = 0, None
         if residual is None:
             return y
+        what, bias = 0, None
+    elif x.dtype is torch.float16:  # which a sum without its bias may leave
+        y, bias = F.linear(x, weight, bias), None
+    else:
+        y = torch.mm(x, weight.t())
     if residual is None and bias is None and not what:
         return y
     _ending(y, bias, what, residual, *(norm or (None, None, None)))

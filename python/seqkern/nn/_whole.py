@@ -5,13 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqkern.functional import attention
-from seqkern.functional._layer import Layer, Norm, encoder_layer, lacks_kernel
+from seqkern.functional import _layer, attention
+from seqkern.functional._layer import Layer, Norm
 from seqkern.functional.attention import short_way
 from seqkern.nn import _masks
 from seqkern.nn._modules import activation_name, changed
 from seqkern.nn._step import is_plain, weights_of, weights_of_attention
 from seqkern.ops import _backend
+
+_PARTS = frozenset(("self_attn", "linear1", "linear2", "norm1", "norm2", "dropout", "dropout1", "dropout2"))
+_BLOCKS = frozenset(("_sa_block", "_ff_block"))
 
 
 def in_few_calls(
@@ -32,13 +35,14 @@ def in_few_calls(
     ):
         return None
     activation = activation_name(layer.activation)  # type: ignore[arg-type]
-    if activation is None or torch._C._is_any_autocast_enabled() or lacks_kernel(x, activation):  # type: ignore[attr-defined]
+    if activation is None or torch._C._is_any_autocast_enabled() or not _layer.may_be_short(x, activation):  # type: ignore[attr-defined]
         return None
     parts: Any = layer._modules
-    own = parts["self_attn"]
     E = x.shape[2]
-    if not layer.__dict__.keys().isdisjoint(("_sa_block", "_ff_block")) or not is_plain(parts, E):
+    # Parts may also lie in the layer's own dictionary, where a `_sa_block` or a function in a module's place would be.
+    if not (parts.keys() >= _PARTS and layer.__dict__.keys().isdisjoint(_BLOCKS) and is_plain(parts, E)):
         return None
+    own = parts["self_attn"]
     if changed(own) or own.training or own.embed_dim != E or own._why_no_step():
         return None
     t: Any = (
@@ -48,13 +52,12 @@ def in_few_calls(
         *weights_of(parts["norm1"]),
         *weights_of(parts["norm2"]),
     )
-    for each in t:
-        if each is not None and (
-            type(each) not in _backend.PLAIN or each.dtype is not x.dtype or not each.is_cpu
-        ):
-            return None  # also for text, see weights_of
+    if any(each is not None and type(each) not in _backend.PLAIN for each in t):
+        return None  # also for text, see weights_of
     norms = Norm(t[8], t[9], parts["norm1"].eps), Norm(t[10], t[11], parts["norm2"].eps)
     whole = Layer(t[:2], t[2:4], t[4:6], t[6:8], norms, layer.norm_first, activation)  # type: ignore[arg-type]
+    if not _layer.fits(x, whole):
+        return None
     first, H = own.batch_first, own.num_heads
     seen = None
     if mask is not None or padding is not None or is_causal:
@@ -74,4 +77,4 @@ def in_few_calls(
             heads = attention(q, k, v, **(seen or _masks.Seen())._asdict())
         return heads.transpose(1, 2) if first else heads.permute(2, 0, 1, 3)
 
-    return encoder_layer(x, whole, attend)
+    return _layer.in_few_calls(x, whole, attend)

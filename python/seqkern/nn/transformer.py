@@ -1,7 +1,8 @@
 """The Transformer of torch.nn: layers, stacks of them, and both stacks together.
 
 torch's constructors build torch's parts; those become ours here, with the parameters that they were given. torch's
-layers run its native encoder in eval mode, past the modules that they hold; these do not.
+encoder layers run its native path in eval mode, past the modules that they hold; these go past them where nobody would
+notice (`_whole`).
 """
 
 from collections.abc import Callable, Mapping
