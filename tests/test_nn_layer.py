@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqkern
+from seqkern.dispatcher import fast_paths
 from seqkern.nn import _whole
 from seqkern.ops import _backend
 from seqkern.testing import DTYPES, relative_rms, tolerance, worst
@@ -309,3 +310,19 @@ def test_errors_are_those_of_the_modules():
     ):
         with pytest.raises(kind, match=word):
             layer(x, **call)
+
+
+@torch.no_grad()
+def test_norms_of_another_dtype_behind_enable(monkeypatch):
+    """As torch's native path takes them on a CPU."""
+    monkeypatch.setattr(fast_paths, "WORTH_A_LAYER", 0)
+    theirs, _ = layers(torch.bfloat16, batch_first=True)
+    theirs.norm1.float(), theirs.norm2.float()
+    x = torch.randn(B, L, E).bfloat16()
+    want = theirs(x)
+    seqkern.enable()
+    try:
+        got = theirs(x)
+    finally:
+        seqkern.disable()
+    close(got, want, copy.deepcopy(theirs).double()(x.double()), layers=8)

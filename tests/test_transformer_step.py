@@ -176,6 +176,11 @@ def own_feed_forward(layer):
     layer._ff_block = lambda x: -x
 
 
+def with_a_function_for_a_dropout(layer):
+    del layer.dropout1
+    layer.dropout1 = lambda x: 2 * x
+
+
 def with_another_activation(layer):
     layer.activation = torch.tanh
 
@@ -196,6 +201,7 @@ def norm_of_another_kind(layer):
         parametrized_projection,
         with_a_buffer_for_a_bias,
         own_feed_forward,
+        with_a_function_for_a_dropout,
         with_another_activation,
         norm_of_another_kind,
     ],

@@ -101,7 +101,7 @@ struct ForwardPlan {
     Running<A> running(A* base) const { return {base, base + W, base + 2 * W}; }
 };
 
-// The panel's softmax is complete: sinks join, output and log-sum-exp are written.
+// The panel's softmax is complete: sinks join it, output and log-sum-exp are written.
 template <class A, class S>
 void finish_panel(const AttentionForward& c, const Sequence& s, const Panel<A>& panel, const Running<A>& run,
                   long Nv) {
@@ -114,7 +114,7 @@ void finish_panel(const AttentionForward& c, const Sequence& s, const Panel<A>& 
             const A sink = static_cast<A>(c.sinks[h] * LOG2E), top = m > sink ? m : sink;
             const A shift = top == hidden ? A{} : top;
             const Vec<A> grown = exp2_below<A>(Vec<A>{m - shift, sink - shift});
-            factor = grown[0], l = l * grown[0] + grown[1], m = top;
+            factor = grown[0], run.l[lane] = l = l * grown[0] + grown[1], run.m[lane] = m = top;
         }
         const bool empty = l == 0;
         factor = empty ? A{} : factor / l;

@@ -167,10 +167,10 @@ struct KeptWeights {
             for (long p = 0; p < count; ++p) unit.panels[p] = panel_of_head<A>(h, (first + p) * W, s.L);
             unit.meet_keys(s, h / G, count, 0, running, unit.first_keys(s, min_of(h + 1, c.Hq - 1) / G, 0),
                            &keep);
+            unit.finish(s, count, running);
             for (long p = 0; p < count; ++p)
                 add(s, unit.panels[p], running[p], p, added + p * of_panel, h == from,
                     static_cast<A>(1) / static_cast<A>(to - from));
-            unit.finish(s, count, running);
         }
         for (long p = 0; p < count; ++p) {
             const Panel<A>& panel = unit.panels[p];
@@ -197,16 +197,7 @@ struct KeptWeights {
             if (!seen.empty()) clear(to, {seen.end, s.S});
         }
         for (long half = 0; half * n < panel.count; ++half) {
-            const Vec<A> m = load<A>(run.m + half * n);
-            Vec<A> top = m, total = load<A>(run.l + half * n);
-            if (c.sinks) {
-                Vec<A> sink;
-                for (long lane = 0; lane < n; ++lane)
-                    sink[lane] = static_cast<A>(c.sinks[panel.h[half * n + lane]] * LOG2E);
-                top = larger(m, sink);
-                const Vec<A> shift = top == hidden ? Vec<A>{} : top;
-                total = total * exp2_below<A>(m - shift) + exp2_below<A>(sink - shift);
-            }
+            const Vec<A> top = load<A>(run.m + half * n), total = load<A>(run.l + half * n);
             const Vec<A> shift = top == hidden ? Vec<A>{} : top, part = total == 0 ? Vec<A>{} : share / total;
             for (long key = seen.begin; key < seen.end;) {
                 const long block = key / KEYS, end = min_of(seen.end, (block + 1) * KEYS);

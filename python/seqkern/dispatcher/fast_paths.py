@@ -14,8 +14,7 @@ from torch import Tensor
 
 from seqkern import functional
 from seqkern.dispatcher.choice import TOO_SMALL, attention_has_kernels, declined, takes
-from seqkern.functional._layer import Layer, Norm
-from seqkern.functional._layer import encoder_layer as encoder_layer_of
+from seqkern.functional import _layer
 from seqkern.ops import _backend, _torchs_own
 from seqkern.ops._attention_backends import Wanted
 from seqkern.spec.attention import Options, Tensors
@@ -164,16 +163,16 @@ def encoder_layer(own: Callable) -> Callable:
         def attend(three: Tensor) -> Tensor:
             return _attend(rows, three, num_heads, seen)[0]
 
-        layer = Layer(
+        layer = _layer.Layer(
             (qkv_weight, qkv_bias),
             (proj_weight, proj_bias),
             (ffn_weight_1, ffn_bias_1),
             (ffn_weight_2, ffn_bias_2),
-            (Norm(norm_weight_1, norm_bias_1, eps), Norm(norm_weight_2, norm_bias_2, eps)),
+            (_layer.Norm(norm_weight_1, norm_bias_1, eps), _layer.Norm(norm_weight_2, norm_bias_2, eps)),
             norm_first,
             "gelu" if use_gelu else "relu",
         )
-        x = encoder_layer_of(rows.data, layer, attend)
+        x = _layer.encoder_layer(rows.data, layer, attend)
         return rows.like(x)
 
     return run

@@ -1,4 +1,4 @@
-"""An encoder layer without a gradient, as few calls as it has products.
+"""An encoder layer without a gradient in few calls: its products, the attention, and what follows each product.
 
 torch's addmm writes the bias before it multiplies and an activation, a residual connection and a norm are passes over
 memory of their own; here one pass behind a product does all of that.

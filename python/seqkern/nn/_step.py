@@ -21,6 +21,9 @@ _PARTS: dict[str, type] = {
     **dict.fromkeys(("norm1", "norm2", "norm3"), nn.LayerNorm),
     **dict.fromkeys(("dropout", "dropout1", "dropout2", "dropout3"), nn.Dropout),
 }
+_OWN = frozenset(
+    (*_PARTS, "_sa_block", "_mha_block", "_ff_block")
+)  # what a layer has itself is not its class's
 
 
 def in_one_call(
@@ -36,7 +39,7 @@ def in_one_call(
     dtype = x.dtype
     if torch.compiler.is_compiling() or not (vars(type(layer)).get("in_one_call") and _backend.unseen("cpu")):
         return None
-    if x.shape[1] != 1 or x.shape[0] > few_rows(dtype) or "_ff_block" in layer.__dict__:
+    if x.shape[1] != 1 or x.shape[0] > few_rows(dtype):
         return None
     if not (_backend.CPU_READY and x.is_cpu and dtype in _backend.CPU_DTYPES):
         return None
@@ -47,7 +50,7 @@ def in_one_call(
     if (
         activation is None
         or (activation == "gelu" and dtype is torch.float64)
-        or not is_plain(parts, x.shape[2])
+        or not is_plain(layer, x.shape[2])
     ):
         return None
     attention, norm = parts["self_attn"], parts["norm1"]
@@ -77,10 +80,11 @@ def in_one_call(
     return y[:, None]
 
 
-def is_plain(parts: dict[str, Any], features: int) -> bool:
-    """Whether the parts of a layer are what torch.nn makes them, and nobody listens: the op is what they compute."""
-    if _has_any_global_hook():
+def is_plain(layer: nn.Module, features: int) -> bool:
+    """Whether a layer's parts are what torch.nn makes them, and nobody listens: a kernel can compute what they do."""
+    if _has_any_global_hook() or not layer.__dict__.keys().isdisjoint(_OWN):
         return False
+    parts: dict[str, Any] = layer._modules
     for name, part in parts.items():
         known = _PARTS.get(name)
         if type(part) is not known:

@@ -13,9 +13,6 @@ from seqkern.nn._modules import activation_name, changed
 from seqkern.nn._step import is_plain, weights_of, weights_of_attention
 from seqkern.ops import _backend
 
-_PARTS = frozenset(("self_attn", "linear1", "linear2", "norm1", "norm2", "dropout", "dropout1", "dropout2"))
-_BLOCKS = frozenset(("_sa_block", "_ff_block"))
-
 
 def in_few_calls(
     layer: nn.Module, x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
@@ -39,8 +36,7 @@ def in_few_calls(
         return None
     parts: Any = layer._modules
     E = x.shape[2]
-    # Parts may also lie in the layer's own dictionary, where a `_sa_block` or a function in a module's place would be.
-    if not (parts.keys() >= _PARTS and layer.__dict__.keys().isdisjoint(_BLOCKS) and is_plain(parts, E)):
+    if not is_plain(layer, E):
         return None
     own = parts["self_attn"]
     if changed(own) or own.training or own.embed_dim != E or own._why_no_step():

@@ -44,7 +44,7 @@ def _linear(module: nn.Module, x: Tensor, activation: str | None = None) -> Tens
 
 
 def _dropped(module: nn.Module, x: Tensor) -> Tensor:
-    return x if not module.training and unheard(module, nn.Dropout) else module(x)
+    return x if unheard(module, nn.Dropout) and not module.training else module(x)
 
 
 def _feed_forward(layer, x: Tensor) -> Tensor:
