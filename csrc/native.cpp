@@ -29,10 +29,10 @@ py::dict build_info() {
 }
 
 int function_named(const std::string& name) {
-    const char* names[] = {"exp", "sigmoid", "tanh"};
-    for (int i = 0; i < 3; ++i)
+    const char* names[] = {"exp", "sigmoid", "tanh", "exp2"};
+    for (int i = 0; i < 4; ++i)
         if (name == names[i]) return i;
-    throw py::value_error("function is '" + name + "', expected exp, sigmoid or tanh");
+    throw py::value_error("function is '" + name + "', expected exp, sigmoid, tanh or exp2");
 }
 
 template <class A>
@@ -78,7 +78,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("num_threads", &seqkern::max_threads, "How many threads a large call from this thread uses.");
     m.def("build_info", &build_info, "Compiler, flags and the version of torch's ABI.");
     m.def("vmath", &vmath<float>, py::arg("name"), py::arg("x").noconvert(),
-          "exp, sigmoid or tanh of a vector.");
+          "exp, sigmoid, tanh or, up to 0, exp2 of a vector.");
     m.def("vmath", &vmath<double>, py::arg("name"), py::arg("x").noconvert());
     m.def("gemm", &gemm<float>, py::arg("a").noconvert(), py::arg("b").noconvert(), "a @ b, on this thread.");
     m.def("gemm", &gemm<double>, py::arg("a").noconvert(), py::arg("b").noconvert());

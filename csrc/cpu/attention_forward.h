@@ -10,13 +10,25 @@ namespace SEQKERN_ISA {
 // Hands out 0, 1, ... to the threads of a team. Which thread takes what changes no result.
 SK_INLINE long take_ticket(long* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
+// The first `count` rows of an output, at most a vector of them, times the lanes of `fade`.
+template <class A>
+SK_INLINE void fade_output(const Running<A>& run, Vec<A> fade, long count, long Nv) {
+    constexpr long n = Simd<A>::n;
+    A factors[n] __attribute__((aligned(SEQKERN_VECTOR_BYTES)));
+    store<A>(factors, fade);
+    for (long lane = 0; lane < count; ++lane) {
+        if (factors[lane] == 1) continue;
+        A* row = run.out + lane * (Nv + n);
+        for (long c = 0; c < Nv; c += n) store<A>(row + c, load<A>(row + c) * factors[lane]);
+    }
+}
+
 // A tile of scores joins the softmax of its panel and becomes weights, relative to the new maximum.
 template <class A, int HALVES>
 SK_INLINE void join_softmax(A* tile, long keys, const Running<A>& run, long count, long Nv) {
     constexpr long n = Simd<A>::n, W = 2 * n;
     const Vec<A> hidden = Vec<A>{} - static_cast<A>(__builtin_inf());
-    A fade[W] __attribute__((aligned(SEQKERN_VECTOR_BYTES)));
-    Vec<A> top[2][2] = {{hidden, hidden}, {hidden, hidden}}, shift[2], sum[2] = {};
+    Vec<A> top[2][2] = {{hidden, hidden}, {hidden, hidden}}, shift[2], fade[2], sum[2 * HALVES] = {};
     for (long k = 0; k < keys; k += 2) SK_UNROLL
     for (int half = 0; half < HALVES; ++half) {
         const long next = min_of(k + 1, keys - 1);
@@ -30,20 +42,51 @@ SK_INLINE void join_softmax(A* tile, long keys, const Running<A>& run, long coun
         Vec<A> m = larger(top[half][0], top[half][1]);
         m = larger(m, before);
         shift[half] = m == hidden ? Vec<A>{} : m;
-        const Vec<A> f = exp2_below<A>(before - shift[half]);
-        store<A>(fade + half * n, f);
+        fade[half] = exp2_below<A>(before - shift[half]);
         store<A>(run.m + half * n, m);
-        store<A>(run.l + half * n, load<A>(run.l + half * n) * f);
+        store<A>(run.l + half * n, load<A>(run.l + half * n) * fade[half]);
     }
-    exponentials<A, HALVES>(tile, W, keys, shift, sum);
+    exponentials<A, HALVES, 2>(tile, W, keys, shift, sum);
     SK_UNROLL
     for (int half = 0; half < HALVES; ++half)
-        store<A>(run.l + half * n, load<A>(run.l + half * n) + sum[half]);
-    for (long lane = 0; lane < count; ++lane) {
-        if (fade[lane] == 1) continue;
-        A* row = run.out + lane * (Nv + n);
-        for (long c = 0; c < Nv; c += n) store<A>(row + c, load<A>(row + c) * fade[lane]);
+        store<A>(run.l + half * n, load<A>(run.l + half * n) + (sum[half] + sum[HALVES + half]));
+    SK_UNROLL
+    for (int half = 0; half < HALVES; ++half)
+        fade_output<A>({run.m, run.l, run.out + half * n * (Nv + n)}, fade[half], min_of(count - half * n, n),
+                       Nv);
+}
+
+// The same for a panel of at most half a vector of queries, two keys to a vector: the weights are left as
+// [key][n / 2]. The upper lanes of the running values repeat the lower ones.
+template <class A>
+SK_INLINE void join_softmax_of_pairs(A* tile, long keys, const Running<A>& run, long count, long Nv) {
+    constexpr long n = Simd<A>::n, W = 2 * n, pair = n / 2;
+    using I = typename Simd<A>::I;
+    constexpr I lower = lanes<A>([](int i) { return i % pair + i / pair * n; });
+    constexpr I swapped = lanes<A>([](int i) { return (i + pair) % n; });
+    const Vec<A> hidden = Vec<A>{} - static_cast<A>(__builtin_inf());
+    Vec<A> top = hidden, sum{};
+    for (long k = 0; k < keys; k += 2) {
+        const Vec<A> b = k + 1 < keys ? load<A>(tile + (k + 1) * W) : hidden,
+                     both = __builtin_shuffle(load<A>(tile + k * W), b, lower);
+        top = larger(both, top);
+        store<A>(tile + k * pair, both);
     }
+    top = larger(top, Vec<A>(__builtin_shuffle(top, swapped)));
+    const Vec<A> before = load<A>(run.m), m = larger(top, before), shift = m == hidden ? Vec<A>{} : m;
+    const Vec<A> fade = exp2_below<A>(before - shift);
+    store<A>(run.m, m);
+    store<A>(run.l, load<A>(run.l) * fade);
+    exponentials<A, 1>(tile, n, ceil_div(keys, 2), &shift, &sum);
+    store<A>(run.l, load<A>(run.l) + (sum + __builtin_shuffle(sum, swapped)));
+    fade_output<A>(run, fade, count, Nv);
+}
+
+// Weights [key][n / 2] as [key][W], of which the first n / 2 count.
+template <class A>
+SK_INLINE void part_pairs(A* tile, long keys) {
+    constexpr long n = Simd<A>::n, W = 2 * n;
+    for (long k = keys - 1; k > 0; --k) store<A>(tile + k * W, load<A>(tile + k * (n / 2)));
 }
 
 template <class A>
@@ -67,11 +110,11 @@ struct ForwardPlan {
     static constexpr long n = Simd<A>::n, W = Panel<A>::W, ROWS = 128, MOST = ROWS / W, UNITS = 32,
                           UNITS_OF_A_THREAD = 4;
     static constexpr long FAR = 16L << 20;  // bytes
-    // With more queries a panel, of which half is computed, is quicker than lanes of keys: their sums are
-    // joined across lanes, which a few multiply-adds each do not pay for.
+    // With more queries a panel, of which half is computed and two keys share a softmax's vector, is quicker
+    // than lanes of keys: their sums are joined across lanes, which a few multiply-adds each do not pay for.
     static long few_of(long width) {
         if (SEQKERN_ACCUMULATORS < 16) return n / 2;
-        return width <= 64 ? n / 4 : width <= 128 ? n / 2 : n;
+        return width <= 64 ? n / 8 : width <= 128 ? n / 4 : n;
     }
     // Keys of a part: all of them where there is enough else to share out.
     static long part_of(long units, long S, long multiplied) {
@@ -233,15 +276,18 @@ struct ForwardUnit {
                 if (here.empty()) continue;
                 const long size = here.end - here.begin, skip = here.begin - keys.begin;
                 const bool half = panels[p].count <= n;
-                const Scores<A> scores(c, s, panels[p]);
+                const bool changed = !Scores<A>::untouched(c, s, panels[p]).holds(here);
                 A* const weights = kept ? kept->weights + p * kept->of_panel + here.begin * W : tile;
-                scores.template fetch<S>(here);
+                if (changed) Scores<A>(c, s, panels[p]).template fetch<S>(here);
                 (half ? gemm<A, 1> : gemm<A, 2>)(size, kr.p + skip * kr.ld, kr.ld,
                                                  {columns + p * c.D * W, W, 0}, 1, c.D, weights, W, 0, false,
                                                  nullptr, asks ? &next_k : nullptr);
-                scores.template apply<S>(weights, W, here, nullptr);
+                if (changed) Scores<A>(c, s, panels[p]).template apply<S>(weights, W, here, nullptr);
                 const long fading = begun[p] ? panels[p].count : 0;
-                if (half) {
+                const bool paired = c.dropout_p == 0 && panels[p].count <= n / 2;
+                if (paired) {
+                    join_softmax_of_pairs<A>(weights, size, running[p], fading, plan.Nv);
+                } else if (half) {
                     join_softmax<A, 1>(weights, size, running[p], fading, plan.Nv);
                 } else {
                     join_softmax<A, 2>(weights, size, running[p], fading, plan.Nv);
@@ -250,8 +296,10 @@ struct ForwardUnit {
                     store<A>(kept->tops + p * kept->tops_of_panel + from / KEYS * W + half * n,
                              load<A>(running[p].m + half * n));
                 if (c.dropout_p > 0) drop_weights<A>(Dropout<A>(c, s, panels[p]), weights, here);
-                multiply_rows<A, true>(panels[p].count, weights, W, vr.p + skip * vr.ld, vr.ld, plan.Nv, size,
-                                       running[p].out, plan.Nv + n, begun[p], asks ? &next_v : nullptr);
+                multiply_rows<A, true>(panels[p].count, weights, paired ? n / 2 : W, vr.p + skip * vr.ld,
+                                       vr.ld, plan.Nv, size, running[p].out, plan.Nv + n, begun[p],
+                                       asks ? &next_v : nullptr);
+                if (kept && paired) part_pairs<A>(weights, size);
                 asks = false;
                 begun[p] = true;
             }

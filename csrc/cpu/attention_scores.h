@@ -142,10 +142,11 @@ struct Scores {
     }
 
     // Keys whose scores stay as the matmul gave them.
-    SK_INLINE Span untouched() const {
+    static SK_INLINE Span untouched(const AttentionCall& c, const Sequence& s, const Panel<A>& panel) {
         if (c.mask.p || c.bias.p || c.slopes || c.softcap > 0) return {0, 0};
         return seen_by_all(c, s, panel.first, panel.last);
     }
+    SK_INLINE Span untouched() const { return untouched(c, s, panel); }
 
     // tile[key][ld] of these keys: products -> scores in units of log 2, -inf where hidden. If cap_slope is
     // given, d cap(x) / dx is left there, in the same layout.
@@ -257,9 +258,10 @@ struct Scores {
     static constexpr long FAR = 1L << 30;
 };
 
-// tile[key][ld] becomes 2^(tile - shift), lane by lane, and is added to `sum`, if given. Weights made AGAIN
-// from a rounded log-sum-exp are at most 1: around 1e9 one place is 128.
-template <class A, int HALVES, bool AGAIN = false>
+// tile[key][ld] becomes 2^(tile - shift), lane by lane, and is added to `sum`, if given: CHAINS keys by turns
+// to sums of their own, [chain][half]. Weights made AGAIN from a rounded log-sum-exp are at most 1: around
+// 1e9 one place is 128.
+template <class A, int HALVES, int CHAINS = 1, bool AGAIN = false>
 SK_INLINE void exponentials(A* tile, long ld, long keys, const Vec<A>* shift, Vec<A>* sum) {
     constexpr long n = Simd<A>::n;
     constexpr int together = 4;
@@ -273,7 +275,7 @@ SK_INLINE void exponentials(A* tile, long ld, long keys, const Vec<A>* shift, Ve
         x = exp2_below<A, together>(x);
         SK_UNROLL
         for (int i = 0; i < together; ++i) {
-            if (sum) sum[i % HALVES] += x.v[i];
+            if (sum) sum[i / HALVES % CHAINS * HALVES + i % HALVES] += x.v[i];
             store<A>(tile + (k + i / HALVES) * ld + i % HALVES * n, x.v[i]);
         }
     }
@@ -283,7 +285,7 @@ SK_INLINE void exponentials(A* tile, long ld, long keys, const Vec<A>* shift, Ve
         Several<A, 1> x{{load<A>(at) - shift[half]}};
         if (AGAIN) x = at_most(x, static_cast<A>(0));
         x = exp2_below<A, 1>(x);
-        if (sum) sum[half] += x.v[0];
+        if (sum) sum[k % CHAINS * HALVES + half] += x.v[0];
         store<A>(at, x.v[0]);
     }
 }

@@ -70,7 +70,7 @@ SK_INLINE void weights_again(const Scores<A>& scores, const Again<A>& again, Row
     gemm<A, 2>(count, keys_from.p, keys_from.ld, {again.columns, W, 0}, 1, D, tile, ld, 0, false);
     scores.template apply<S>(tile, ld, keys, cap_slope);
     const Vec<A> lse[2] = {load<A>(again.lse), load<A>(again.lse + n)};
-    exponentials<A, 2, true>(tile, ld, count, lse, nullptr);
+    exponentials<A, 2, 1, true>(tile, ld, count, lse, nullptr);
 }
 
 template <class A, class S>

@@ -106,7 +106,11 @@ static void map(int function, const A* x, A* y, long count) {
     for (long i = 0; i < count; i += Simd<A>::n) {
         const long left = count - i;
         Vec<A> v = load_n<A>(x + i, left);
-        store_n<A>(y + i, function == 0 ? exp<A>(v) : function == 1 ? sigmoid<A>(v) : tanh<A>(v), left);
+        v = function == 0   ? exp<A>(v)
+            : function == 1 ? sigmoid<A>(v)
+            : function == 2 ? tanh<A>(v)
+                            : exp2_below<A>(v);
+        store_n<A>(y + i, v, left);
     }
 }
 

@@ -138,9 +138,10 @@ struct ForwardScan {
         S* output;
         A *exact, *cell, *reserve;  // null where there is none
         long ld_previous, ld_hidden, ld_output, ld_state, ld_reserve;
+        long ahead;  // numbers from a row of reserve to that of the next step, which is asked for
     };
-    Rows rows_of(const Group& g, const E* h_prev, E* h_next, long row0) const {
-        const long dir = g.direction, b = g.rows_begin;
+    Rows rows_of(const Group& g, const E* h_prev, E* h_next, long step) const {
+        const long dir = g.direction, b = g.rows_begin, t = time_of(dir, step), row0 = c.row_start[t] + b;
         const auto& at = d[dir];
         const bool projected = c.weights[dir].w_hr != nullptr;
         Rows to{};
@@ -153,6 +154,7 @@ struct ForwardScan {
         if (CellT::HAS_C) to.cell = at.cell + b * to.ld_state;
         if (Sh::RESERVE && c.reserve)
             to.reserve = static_cast<A*>(c.reserve) + (dir * c.N + row0) * to.ld_reserve;
+        if (step + 1 < c.T) to.ahead = (c.row_start[time_of(dir, step + 1)] - c.row_start[t]) * to.ld_reserve;
         return to;
     }
 
@@ -243,8 +245,10 @@ struct ForwardScan {
             to.hidden += to.ld_hidden, to.previous += to.ld_previous;
             if (to.output) store_n<A>(to.output + unit, h.v[i], left), to.output += to.ld_output;
             if (SAVE && to.reserve) {
-                for (int k = 0; k < Sh::RESERVE; ++k)
+                for (int k = 0; k < Sh::RESERVE; ++k) {
                     store_n<A>(to.reserve + k * H + unit, reserve[k].v[i], left);
+                    __builtin_prefetch(to.reserve + to.ahead + k * H + unit, 1, 2);
+                }
                 to.reserve += to.ld_reserve;
             }
         }
@@ -348,7 +352,7 @@ struct ForwardScan {
         const E* h_prev = d[dir].h[step & 1];
         E* h_next = d[dir].h[(step + 1) & 1];
         const E* a = h_prev + g.rows_begin * s.ld_p;
-        const Rows to = rows_of(g, h_prev, h_next, row0);
+        const Rows to = rows_of(g, h_prev, h_next, step);
         const long group = panels_together(m);
         // Every other step runs backwards through the weights, and meets in a cache what the one before read
         // last.

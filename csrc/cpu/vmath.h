@@ -128,14 +128,42 @@ SK_INLINE Vec<A> exp(Vec<A> x) {
     return x > T::highest ? zero + static_cast<A>(__builtin_inf()) : e;
 }
 
-// 2^x for x up to 0 or a little above; exactly 1 at 0. Below 2^-126 (-1022) it fades to 0, exactly so for
-// -inf.
+#if SEQKERN_VECTOR_BYTES == 64
+// x less the whole number nearest to it, and y 2^n of a whole n, or 0 where x is below `lowest`.
+SK_INLINE Vec<float> beside_whole(Vec<float> x) {
+    return __builtin_ia32_reduceps512_mask(x, 8, Vec<float>{}, 0xffff);
+}
+SK_INLINE Vec<double> beside_whole(Vec<double> x) {
+    return __builtin_ia32_reducepd512_mask(x, 8, Vec<double>{}, 0xff);
+}
+SK_INLINE Vec<float> scaled(Vec<float> y, Vec<float> n, Vec<float> x, float lowest) {
+    const unsigned short normal = __builtin_ia32_cmpps512_mask(x, Vec<float>{} + lowest, 5, 0xffff, 4);
+    return __builtin_ia32_scalefps512_mask(y, n, Vec<float>{}, normal, 4);
+}
+SK_INLINE Vec<double> scaled(Vec<double> y, Vec<double> n, Vec<double> x, double lowest) {
+    const unsigned char normal = __builtin_ia32_cmppd512_mask(x, Vec<double>{} + lowest, 5, 0xff, 4);
+    return __builtin_ia32_scalefpd512_mask(y, n, Vec<double>{}, normal, 4);
+}
+#endif
+
+// 2^x for x up to 0 or a little above; exactly 1 at 0. Below 2^-126 (-1022) it is 0, or fades to it.
 template <class A, int N>
 SK_INLINE Several<A, N> exp2_below(Several<A, N> x) {
+#if SEQKERN_VECTOR_BYTES == 64
+    Several<A, N> r;
+    SK_UNROLL
+    for (int i = 0; i < N; ++i) r.v[i] = beside_whole(x.v[i]);
+    const Several<A, N> whole = x - r;
+    Several<A, N> y = polynomial<A, N>(r, Exp2Table<A>::c) * r + static_cast<A>(1);
+    SK_UNROLL
+    for (int i = 0; i < N; ++i) y.v[i] = scaled(y.v[i], whole.v[i], x.v[i], Exp2Table<A>::lowest + 1);
+    return y;
+#else
     x = at_least(x, Exp2Table<A>::lowest);
     const Several<A, N> shifted = x + ExpTable<A>::round_magic, r = x - (shifted - ExpTable<A>::round_magic);
     const Several<A, N> q = polynomial<A, N>(r, Exp2Table<A>::c), scale = power<A, N>(shifted, ones<A, N>());
     return (q * r) * scale + scale;
+#endif
 }
 template <class A>
 SK_INLINE Vec<A> exp2_below(Vec<A> x) {
