@@ -50,9 +50,10 @@ struct Multiplied {
     }
 };
 
-// part[m][r]: the chains of rows[r][0..K) . by[m].x.
-template <class E, int M, int T, class S>
-SK_INLINE void dot_chains(const S* const* rows, const Multiplied<E>* by, Vec<Sum<E>> (*part)[T]) {
+// part[m][r]: the chains of rows[r][0..K) . by[m].x. The rows ahead[0..ASKED) are asked for.
+template <class E, int M, int T, int ASKED = 0, class S>
+SK_INLINE void dot_chains(const S* const* rows, const Multiplied<E>* by, Vec<Sum<E>> (*part)[T],
+                          const S* const* ahead = nullptr) {
     using F = Factor<E>;
     const long K = by[0].K, whole = by[0].whole;
     Vec<Sum<E>> sums[M][T] = {};
@@ -66,6 +67,8 @@ SK_INLINE void dot_chains(const S* const* rows, const Multiplied<E>* by, Vec<Sum
             SK_UNROLL
             for (int m = 0; m < M; ++m) F::add(sums[m][r], v, F::load(by[m].x + k));
         }
+        SK_UNROLL
+        for (int i = 0; i < ASKED; ++i) __builtin_prefetch(ahead[i] + k, 0, 2);
     }
     // Two loops, not one with a choice in it: a product and its sum must stay in one block of code, or the
     // compiler does not fuse them for every M, and the last bit would depend on how rows are shared out.
@@ -135,13 +138,19 @@ void rows_as_they_lie(const S* w, long ldw, long K, long count, long rows, const
 // The places of w that few_rows reads from by turns: the processor runs ahead of each by itself, and farther
 // with several than with one. Neighbouring rows would not do: two in a page look like one that jumps.
 constexpr int STREAMS = 4;
+constexpr long BYTES_AHEAD = 2048;  // of a stream, at least, in whole rows
 
-template <class A, int M, class S>
-SK_INLINE void few_rows_chains(const S* const* w, long K, const A* x, long ldx, Vec<A> (*to)[STREAMS]) {
-    Multiplied<A> by[M];
-    SK_UNROLL
-    for (int m = 0; m < M; ++m) by[m] = Multiplied<A>(x + m * ldx, K);
-    dot_chains<A, M, STREAMS>(w, by, to);
+// The chains of GROUPS times M rows of x. What is ahead in the streams is asked for in equal parts.
+template <class A, int M, int GROUPS = 1, bool ASKS = false, class S>
+SK_INLINE void few_rows_chains(const S* const* w, long K, const A* x, long ldx, Vec<A> (*to)[STREAMS],
+                               const S* const* ahead = nullptr) {
+    constexpr int ASKED = ASKS ? STREAMS / GROUPS : 0;
+    for (long g = 0; g < GROUPS; ++g) {
+        Multiplied<A> by[M];
+        SK_UNROLL
+        for (int m = 0; m < M; ++m) by[m] = Multiplied<A>(x + (g * M + m) * ldx, K);
+        dot_chains<A, M, STREAMS, ASKED>(w, by, to + g * M, ahead + g * ASKED);
+    }
 }
 
 // A thread's share of x[rows][K] times the N rows of w: put(row, j, count, sums) gets a vector of them for
@@ -153,13 +162,28 @@ void few_rows(const S* w, long ldw, long K, long N, const A* x, long ldx, long r
     const long blocks = ceil_div(N, n), end = blocks * (thread + 1) / threads;
     long block = blocks * thread / threads;
     const long each = (min_of(end, N / n) - block) / STREAMS;  // whole blocks of a stream
+    const long rows_ahead = ceil_div(BYTES_AHEAD, K * static_cast<long>(sizeof(S)));
     for (long i = 0; i < each; ++i, ++block) {
         Vec<A> chains[n][FEW_ROWS][STREAMS];
         for (long r = 0; r < n; ++r) {
-            const S* from[STREAMS];
+            const S *from[STREAMS], *ahead[STREAMS];
             SK_UNROLL
-            for (int s = 0; s < STREAMS; ++s) from[s] = w + ((block + s * each) * n + r) * ldw;
+            for (int s = 0; s < STREAMS; ++s) {
+                from[s] = w + ((block + s * each) * n + r) * ldw;
+                ahead[s] = from[s] + rows_ahead * ldw;
+            }
             long row = 0;
+            if constexpr (ASKS_AHEAD) {
+                if (rows >= 4 * M) {
+                    few_rows_chains<A, M, 4, true>(from, K, x, ldx, chains[r], ahead), row = 4 * M;
+                } else if (rows >= 2 * M) {
+                    few_rows_chains<A, M, 2, true>(from, K, x, ldx, chains[r], ahead), row = 2 * M;
+                } else if (rows >= M) {
+                    few_rows_chains<A, M, 1, true>(from, K, x, ldx, chains[r], ahead), row = M;
+                } else {
+                    few_rows_chains<A, 1, 1, true>(from, K, x, ldx, chains[r], ahead), row = 1;
+                }
+            }
             for (; row + M <= rows; row += M)
                 few_rows_chains<A, M>(from, K, x + row * ldx, ldx, chains[r] + row);
             for (; row < rows; ++row) few_rows_chains<A, 1>(from, K, x + row * ldx, ldx, chains[r] + row);
