@@ -36,7 +36,7 @@ check: native $(VENV)/dev.stamp  ## format, lint, types, structure, and the comp
 	$(BIN)/python -m pytest -q tests/test_structure.py
 	$(MAKE) sanitize
 
-bench: native $(VENV)/dev.stamp  ## time every row against its peers; renew the README's tables and pictures
+bench: native $(VENV)/dev.stamp  ## time every row against its peers; renew the tables and pictures
 	for suite in rnn attention transformer sdpa-sweep; do $(BIN)/seqkern bench $$suite || exit 1; done
 	$(BIN)/python benchmarks/publish.py
 

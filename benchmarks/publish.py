@@ -1,5 +1,5 @@
-"""Renews the README's tables and the pictures of suites from their results: ``publish.py [SUITE ...]``. The machine
-with the newest run comes first.
+"""Renews the tables of docs/benchmarks.md and of the README, and the pictures of suites, from their results:
+``publish.py [SUITE ...]``. The machine with the newest run comes first.
 
 Without names: of every suite that has results.
 """
@@ -16,6 +16,6 @@ for suite in sys.argv[1:] or SUITES:
         continue
     if not paths:
         sys.exit(f"there are no results of the suite {suite}: run seqkern bench {suite}")
-    drawn = publish(paths, suite, ROOT / "README.md")
+    drawn = publish(paths, suite, ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
     made = ", ".join(each.name for each in drawn) or "no picture (matplotlib is missing)"
-    print(f"README.md and {made} from {', '.join(each.name for each in paths)}")
+    print(f"docs/benchmarks.md, README.md and {made} from {', '.join(each.name for each in paths)}")

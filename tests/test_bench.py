@@ -247,18 +247,37 @@ def test_a_line_that_is_no_result_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_readme_shows_the_committed_results(suite, tmp_path):
+def test_pages_show_the_committed_results(suite, tmp_path):
     of_machines = []
     for path in record.published(ROOT / "benchmarks" / "results", suite):
         records = record.latest(record.read(path))
         drawn = pictures.draw(records, tmp_path / path.name)
-        shown = {said: path.with_name(each.name) for said, each in drawn.items()}
-        assert all(each.is_file() for each in shown.values())
-        of_machines.append(
-            (records, {said: each.relative_to(ROOT).as_posix() for said, each in shown.items()})
-        )
-    text = tables.page(of_machines) if of_machines else ""
-    assert tables.between(ROOT / "README.md", f"bench:{suite}") == text, "run benchmarks/publish.py"
+        shown = {said: f"benchmarks/results/{each.name}" for said, each in drawn.items()}
+        assert all((ROOT / each).is_file() for each in shown.values())
+        of_machines.append((records, shown))
+    above = [
+        (records, {said: f"../{each}" for said, each in shown.items()}) for records, shown in of_machines
+    ]
+    for page, told, shown in (
+        ("README.md", tables.short, of_machines),
+        ("docs/benchmarks.md", tables.page, above),
+    ):
+        text = told(shown) if shown else ""
+        assert tables.between(ROOT / page, f"bench:{suite}") == text, "run benchmarks/publish.py"
+
+
+def test_a_page_and_the_front_one_are_renewed(tiny, tmp_path):
+    made, _ = ran(tmp_path, "--peers", "torch")
+    (path,) = tmp_path.glob("*.jsonl")
+    (tmp_path / "docs").mkdir()
+    page, front = tmp_path / "docs" / "all.md", tmp_path / "front.md"
+    for each in (page, front):
+        each.write_text("<!-- bench:rnn -->\n<!-- /bench:rnn -->\n")
+    picture = run.publish([path, path], "rnn", page, front)[0]
+    assert f"](../{picture.name})" in page.read_text() and f"]({picture.name})" in front.read_text()
+    ratios = " / ".join(tables.times(each.ratios["torch"]) for each in made if each.name == made[0].name)
+    assert f"| {made[0].name} | {ratios} | {ratios} |" in front.read_text()
+    assert "inference / training | " in front.read_text()
 
 
 def test_other_machines_are_folded_away(tiny, tmp_path):

@@ -1,5 +1,6 @@
 """``seqkern bench``: a suite's rows timed, judged, written down, drawn and shown."""
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -262,17 +263,17 @@ def run(options: Options, output: Path, console: Console) -> tuple[Path, list[st
     return path, [f"{each.name}, {each.mode}: {each.failure}" for each in made if each.failure]
 
 
-def publish(paths: Sequence[Path], suite: str, page: Path) -> list[Path]:
-    """Draws the pictures of a suite's results files and renews its tables on a page. Returns the pictures' paths."""
-    made, of_machines = [], []
-    for path in paths:
-        records = record.latest(record.read(path))
-        drawn = pictures.draw(records, path)
-        shown = {said: each.relative_to(page.parent).as_posix() for said, each in drawn.items()}
-        made += drawn.values()
-        of_machines.append((records, shown))
-    tables.put(page, f"bench:{suite}", tables.page(of_machines))
-    return made
+def publish(paths: Sequence[Path], suite: str, page: Path, front: Path) -> list[Path]:
+    """Draws the pictures of a suite's results files and renews its tables: all of them on one page, and what they
+    come to on the front one. Returns the pictures' paths."""
+    found = [(record.latest(record.read(path)), path) for path in paths]
+    drawn = [pictures.draw(records, path) for records, path in found]
+    for where, told in ((page, tables.page), (front, tables.short)):
+        shown = [
+            {said: os.path.relpath(each, where.parent) for said, each in of_one.items()} for of_one in drawn
+        ]
+        tables.put(where, f"bench:{suite}", told([(records, of) for (records, _), of in zip(found, shown)]))
+    return [each for of_one in drawn for each in of_one.values()]
 
 
 def main(options: Options, output: Path | None = None, console: Console | None = None) -> int:

@@ -56,6 +56,7 @@ SHORT = {
     VARLEN: "varlen",
 }
 SLOW_SHOWN = 10  # of a sweep
+IN_SHORT = frozenset({PEERS, DECODE, GENERATION, ON_CHIP, STEPS, PACKED, GRAPHED})
 
 
 def by_first(records: Iterable[Record], field: str) -> list[str]:
@@ -278,6 +279,29 @@ def page(of_machines: Sequence[tuple[Sequence[Record], Mapping[str, str]]]) -> s
         for (records, _), text in zip(of_machines[1:], others)
     ]
     return "\n\n".join((first, *folded))
+
+
+def short(of_machines: Sequence[tuple[Sequence[Record], Mapping[str, str]]]) -> str:
+    """The ratios over the best peer on each machine, side by side, below the first one's pictures."""
+    machines = [
+        (f"{title(records[-1].machine)}, {records[-1].run[:10]}", timed(records))
+        for records, _ in of_machines
+    ]
+    lines = [part for said, path in of_machines[0][1].items() for part in (f"![{said}]({path})", "")]
+    of_sweep = [(name, [r for r in records if r.group == SWEEP]) for name, records in machines]
+    if any(swept for _, swept in of_sweep):
+        return "\n".join((*lines, *(f"- {name}: {sweep_line(swept)}." for name, swept in of_sweep if swept)))
+    told = [(name, [r for r in records if r.group in IN_SHORT]) for name, records in machines]
+    every = [record for _, records in told for record in records]
+    modes = [mode for mode in EVERY_MODE if any(record.mode == mode for record in every)]
+    rows = []
+    for row in by_first(every, "name"):
+        found = [{r.mode: best_ratio(r.ratios) for r in records if r.name == row} for _, records in told]
+        rows.append(
+            (row, *(" / ".join(times(of.get(mode)) for mode in modes) if of else "-" for of in found))
+        )
+    columns = [f"{SUITES[every[0].suite].sizes}: {' / '.join(modes)}", *(name for name, _ in told)]
+    return "\n".join((*lines, *_markdown(columns, rows)))
 
 
 def put(page: Path, name: str, text: str) -> bool:
