@@ -18,6 +18,7 @@ from seqkern.bench import (
     peers,
     pictures,
     record,
+    run,
     tables,
     transformer,
 )
@@ -225,6 +226,28 @@ def test_stacks_are_timed(bench):
     assert made[-1].unit == "tokens/s" and made[-1].limit is None
     assert "tokens/s" in output
     assert "greedy decoding" in tables.markdown(made)
+
+
+class Unreachable(SweepRow):
+    def target(self, mode):
+        return Target(1e9 if self.L == 1 else 0.0, TORCH)
+
+
+def test_calls_of_a_sweep_that_missed_are_timed_again(bench, monkeypatch):
+    rows = [Unreachable(f"1,1,{L},4,4", attention.SWEEP, "float32", 1, 1, L, 4, S=4) for L in (1, 2)]
+    asked = []
+
+    def run_row(row, mode, ours, rivals, found, options, about):
+        asked.append((row.L, options.pace[1]))
+        return timed(row, mode, ours, rivals, found, options, about)
+
+    timed = run.run_row
+    monkeypatch.setattr(run, "run_row", run_row)
+    made, _ = bench("sdpa-sweep", rows, "--peers", "torch", "--threads", "1")
+    assert [L for L, _ in asked] == [1, 2, 1] and [each.name for each in made] == [row.name for row in rows]
+    monkeypatch.setitem(SUITES, "sdpa-sweep", replace(SUITES["sdpa-sweep"], again=0.0))
+    bench("sdpa-sweep", rows, "--peers", "torch", "--threads", "1")
+    assert [L for L, _ in asked[3:]] == [1, 2]
 
 
 def test_a_sweep_is_a_heat_map_and_its_slowest_calls(bench, tmp_path):
