@@ -1,6 +1,7 @@
 """A decoding step of one layer as one call of `seqkern::transformer_step`, instead of calls of its parts."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,25 +27,39 @@ _OWN = frozenset(
 )  # what a layer has itself is not its class's
 
 
-def in_one_call(
-    layer: nn.Module, x: Tensor, cache: KVCache, index: int, mask: Tensor | None
-) -> Tensor | None:
-    """The layer's step for one new position of each sequence, x [B, 1, E]; None where only its parts will do.
+class Step(NamedTuple):
+    """What a layer gives to its call, but for the input and the cache's own keys and values."""
+
+    heads: tuple[int, int]  #: of its self-attention, and their size
+    memory: tuple[Tensor | None, ...]
+    rest: tuple[list[Tensor | None], bool, int, list[float]]
+
+
+def may_be_one_call(x: Tensor) -> bool:
+    """Whether a step for x [B, n, E] may be a call for each layer that is plain: one new position of few sequences.
+
+    Not so where dtype or device are no kernel's, a compiler, a transform or autocast is at work, another backend is
+    forced, or somebody watches which one runs.
+    """
+    if torch.compiler.is_compiling() or not _backend.unseen("cpu"):
+        return False
+    dtype = x.dtype
+    if x.shape[1] != 1 or x.shape[0] > few_rows(dtype):
+        return False
+    if not (_backend.CPU_READY and x.is_cpu and dtype in _backend.CPU_DTYPES):
+        return False
+    return not (torch._C._is_any_autocast_enabled() or _backend.in_transform())  # type: ignore[attr-defined]
+
+
+def prepared(layer: nn.Module, x: Tensor, cache: KVCache, index: int) -> Step | None:
+    """The layer's step for x, of which `may_be_one_call` is true; None where only the layer's parts will do.
 
     That is where layer or parts are no plain modules in eval mode (hooks, classes, parameters or a `_ff_block` of one's
-    own, other activations than ReLU and GELU), where sequences are many, dtypes or devices are mixed or no kernel's, a
-    compiler, a transform or autocast is at work, another backend is forced, or somebody watches which one runs. There
-    is no gradient.
+    own, other activations than ReLU and GELU) or dtypes or devices are mixed. There is no gradient.
     """
+    if not vars(type(layer)).get("in_one_call"):
+        return None
     dtype = x.dtype
-    if torch.compiler.is_compiling() or not (vars(type(layer)).get("in_one_call") and _backend.unseen("cpu")):
-        return None
-    if x.shape[1] != 1 or x.shape[0] > few_rows(dtype):
-        return None
-    if not (_backend.CPU_READY and x.is_cpu and dtype in _backend.CPU_DTYPES):
-        return None
-    if torch._C._is_any_autocast_enabled() or _backend.in_transform():  # type: ignore[attr-defined]
-        return None
     parts: Any = layer._modules
     activation = activation_name(layer.activation)  # type: ignore[arg-type]
     if (
@@ -73,11 +88,30 @@ def in_one_call(
             return None  # also for text, see weights_of
     if added is not None and added.dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
         return None
-    own, first = cache.storage(index, x, attention.num_heads, attention.head_dim), layer.norm_first
-    memory = keys, values, hidden, added
-    with torch._C._AutoDispatchBelowAutograd():
-        y = op(x[:, 0], own, cache.length, mask, *memory, tensors, first, ACTIVATIONS[activation], eps)
-    return y[:, None]
+    rest = tensors, layer.norm_first, ACTIVATIONS[activation], eps
+    return Step((attention.num_heads, attention.head_dim), (keys, values, hidden, added), rest)
+
+
+def steps(layers: Iterable[Any], x: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
+    """A stack's layers, one after the other, on the new positions x [B, n, E].
+
+    What they give to their calls is gathered before the first runs: a layer's weights drive all of Python's own out of
+    the caches.
+    """
+    ready = may_be_one_call(x)
+    gathered = [(layer, prepared(layer, x, cache, i) if ready else None) for i, layer in enumerate(layers)]
+    like = x.shape, x.dtype, x.device
+    row: Tensor | None = None  # x[:, 0] as a call left it
+    for i, (layer, step) in enumerate(gathered):
+        if step is None or (row is None and (x.shape, x.dtype, x.device) != like):
+            x = layer.step(x if row is None else row[:, None], cache, i, mask)
+            row = None
+            continue
+        row = x[:, 0] if row is None else row
+        own = cache.storage(i, row, *step.heads)
+        with torch._C._AutoDispatchBelowAutograd():
+            row = op(row, own, cache.length, mask, *step.memory, *step.rest)
+    return x if row is None else row[:, None]
 
 
 def is_plain(layer: nn.Module, features: int) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from seqkern.nn._masks import Seen
-from seqkern.nn._step import in_one_call
+from seqkern.nn._step import steps
 from seqkern.nn.cache import KVCache
 
 
@@ -130,9 +130,7 @@ def advance(
     rows = _batch_first(x, first)
     count = rows.shape[1]
     mask = cache.open(count, padding if padding is None else padding.view(rows.shape[:2]))
-    for i, layer in enumerate(stack.layers):
-        found = in_one_call(layer, rows, cache, i, mask)
-        rows = layer.step(rows, cache, i, mask) if found is None else found
+    rows = steps(stack.layers, rows, cache, mask)
     norm: Any = stack.norm
     if norm is not None:
         rows = norm(rows)

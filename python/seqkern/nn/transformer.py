@@ -140,7 +140,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     torch.Size([3, 5, 8])
     """
 
-    in_one_call = True  #: whether this very class's step is `_step.in_one_call`'s; no subclass's is
+    in_one_call = True  #: whether this very class's step is `_step.steps`'s; no subclass's is
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
