@@ -88,7 +88,7 @@ def prepared(layer: nn.Module, x: Tensor, cache: KVCache, index: int) -> Step | 
             return None  # also for text, see weights_of
     if added is not None and added.dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
         return None
-    rest = tensors, layer.norm_first, ACTIVATIONS[activation], eps
+    rest = tensors, bool(layer.norm_first), ACTIVATIONS[activation], eps
     return Step((attention.num_heads, attention.head_dim), (keys, values, hidden, added), rest)
 
 
