@@ -222,7 +222,7 @@ def test_weights(dtype, options, weights):
 
 @pytest.mark.parametrize("weights", ["heads", "mean"])
 @pytest.mark.parametrize("options", ["plain", "everything", "window", "sinks"])
-@pytest.mark.parametrize("sizes", [(90, 300), (300, 1), (17, 129), (3, 150), (16, 2100)], ids=str)
+@pytest.mark.parametrize("sizes", [(90, 300), (300, 1), (17, 129), (3, 150), (7, 151), (16, 2100)], ids=str)
 def test_weights_beside_an_output_that_does_not_change(isa, sizes, options, weights):
     case = make_case(B=1, Hq=4, Hkv=2, L=sizes[0], S=sizes[1], D=8, weights=weights, **OPTIONS[options])
     plain = case.options._replace(weights="")

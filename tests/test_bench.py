@@ -25,7 +25,7 @@ from seqkern.bench import (
     tables,
 )
 from seqkern.bench.recurrent import RecurrentRow
-from seqkern.bench.rows import INFERENCE, MODES, ONNX, TRAINING
+from seqkern.bench.rows import INFERENCE, MODES, ONNX, OTHER, TRAINING
 from seqkern.bench.suites import SUITES
 from seqkern.bench.targets import Target, judge
 from seqkern.cli import app
@@ -278,6 +278,12 @@ def test_a_page_and_the_front_one_are_renewed(tiny, tmp_path):
     ratios = " / ".join(tables.times(each.ratios["torch"]) for each in made if each.name == made[0].name)
     assert f"| {made[0].name} | {ratios} | {ratios} |" in front.read_text()
     assert "inference / training | " in front.read_text()
+
+
+def test_the_front_page_may_lack_main_rows(tiny, tmp_path):
+    made, _ = ran(tmp_path, "--peers", "torch", "--mode", INFERENCE)
+    others = [replace(each, group=OTHER) for each in made]
+    assert tables.short([(others, {"bars": "x.png"})]).startswith("![bars](x.png)")
 
 
 def test_other_machines_are_folded_away(tiny, tmp_path):

@@ -245,6 +245,7 @@ def test_calls_of_a_sweep_that_missed_are_timed_again(bench, monkeypatch):
     monkeypatch.setattr(run, "run_row", run_row)
     made, _ = bench("sdpa-sweep", rows, "--peers", "torch", "--threads", "1")
     assert [L for L, _ in asked] == [1, 2, 1] and [each.name for each in made] == [row.name for row in rows]
+    assert all(each.ratios for each in made)
     monkeypatch.setitem(SUITES, "sdpa-sweep", replace(SUITES["sdpa-sweep"], again=0.0))
     bench("sdpa-sweep", rows, "--peers", "torch", "--threads", "1")
     assert [L for L, _ in asked[3:]] == [1, 2]

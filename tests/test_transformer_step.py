@@ -254,6 +254,22 @@ def test_another_backend_may_be_forced(calls, name):
 
 
 @torch.no_grad()
+def test_a_layer_that_goes_by_parts_may_change_those_behind_it(calls):
+    theirs = stack("Encoder", layers=4)
+    ours, x = ours_of(theirs), torch.randn(2, 3, 16).double()
+    other = nn.Parameter(torch.randn_like(theirs.layers[2].linear1.weight))
+
+    def change(*_):
+        ours.layers[2].linear1.weight = other
+
+    ours.layers[1].linear1.register_forward_hook(change)
+    got = stepped(ours, x)
+    theirs.layers[2].linear1.weight = other
+    torch.testing.assert_close(got, whole(theirs, x), rtol=1e-11, atol=1e-11)
+    assert len(calls) == 3 * 3  # all layers but one
+
+
+@torch.no_grad()
 def test_many_sequences_and_several_positions_go_by_parts(calls):
     ours = ours_of(stack("Encoder"))
     stepped(ours, torch.randn(17, 2, 16).double())

@@ -247,7 +247,7 @@ struct ForwardScan {
             if (SAVE && to.reserve) {
                 for (int k = 0; k < Sh::RESERVE; ++k) {
                     store_n<A>(to.reserve + k * H + unit, reserve[k].v[i], left);
-                    __builtin_prefetch(to.reserve + to.ahead + k * H + unit, 1, 2);
+                    __builtin_prefetch(to.reserve + to.ahead + k * H + unit, 0, 2);
                 }
                 to.reserve += to.ld_reserve;
             }

@@ -1,4 +1,4 @@
-// exp, sigmoid and tanh on vectors, for float and double. NaN stays NaN; the whole range is finite and
+// exp, 2^x, sigmoid and tanh on vectors, for float and double. NaN stays NaN; the whole range is finite and
 // monotone at its ends.
 #pragma once
 

@@ -245,14 +245,17 @@ def run(options: Options, output: Path, console: Console) -> tuple[Path, list[st
                 if not console.is_terminal and row.probed | settled:  # where no bar is seen to move
                     console.print(Text(tables.line(each)))
                 progress.advance(bar)
-            again = replace(options, seconds=options.seconds or SUITES[options.suite].again)
-            missed = [
-                i for i, each in enumerate(made) if SUITES[options.suite].again and each.verdict == "missed"
-            ]
+            longer = SUITES[options.suite].again
+            missed = [i for i, each in enumerate(made) if longer and not settled and each.verdict == "missed"]
             progress.update(bar, total=len(work) + len(missed))
             for i in missed:  # a neighbour's burst outlasts a short row's turns
-                progress.update(bar, description=f"{work[i][0].name} again")
-                made[i] = run_row(*work[i], ours, peers, found, again, about)
+                row, mode = work[i]
+                progress.update(bar, description=f"{row.name} again")
+                pace = replace(options, seconds=options.seconds or longer)
+                with here.rounding(row.dtype):
+                    each = run_row(row, mode, ours, peers, found, pace, about)
+                if each.ratios:
+                    made[i] = each
                 progress.advance(bar)
     finally:  # also after an interrupt: what was measured is kept
         for peer in peers:

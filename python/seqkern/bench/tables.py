@@ -293,6 +293,8 @@ def short(of_machines: Sequence[tuple[Sequence[Record], Mapping[str, str]]]) -> 
         return "\n".join((*lines, *(f"- {name}: {sweep_line(swept)}." for name, swept in of_sweep if swept)))
     told = [(name, [r for r in records if r.group in IN_SHORT]) for name, records in machines]
     every = [record for _, records in told for record in records]
+    if not every:
+        return "\n".join((*lines, "None of these rows has a figure."))
     modes = [mode for mode in EVERY_MODE if any(record.mode == mode for record in every)]
     rows = []
     for row in by_first(every, "name"):

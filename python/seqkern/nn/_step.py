@@ -1,6 +1,5 @@
 """A decoding step of one layer as one call of `seqkern::transformer_step`, instead of calls of its parts."""
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -92,26 +91,38 @@ def prepared(layer: nn.Module, x: Tensor, cache: KVCache, index: int) -> Step | 
     return Step((attention.num_heads, attention.head_dim), (keys, values, hidden, added), rest)
 
 
-def steps(layers: Iterable[Any], x: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
+def steps(layers: nn.ModuleList, x: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
     """A stack's layers, one after the other, on the new positions x [B, n, E].
 
-    What they give to their calls is gathered before the first runs: a layer's weights drive all of Python's own out of
-    the caches.
+    What neighbours give to their calls is gathered before the first of them runs: a layer's weights drive all of
+    Python's own out of the caches. What goes by its parts may change those behind it, which are looked at after it.
     """
-    ready = may_be_one_call(x)
-    gathered = [(layer, prepared(layer, x, cache, i) if ready else None) for i, layer in enumerate(layers)]
-    like = x.shape, x.dtype, x.device
-    row: Tensor | None = None  # x[:, 0] as a call left it
-    for i, (layer, step) in enumerate(gathered):
-        if step is None or (row is None and (x.shape, x.dtype, x.device) != like):
-            x = layer.step(x if row is None else row[:, None], cache, i, mask)
-            row = None
-            continue
-        row = x[:, 0] if row is None else row
-        own = cache.storage(i, row, *step.heads)
-        with torch._C._AutoDispatchBelowAutograd():
+    i = 0
+    while i < len(layers):
+        plain: list[Step] = []
+        if may_be_one_call(x):
+            for j in range(i, len(layers)):
+                step = prepared(layers[j], x, cache, j)
+                if step is None:
+                    break
+                plain.append(step)
+        if plain:
+            x = _called(plain, x, cache, i, mask)
+            i += len(plain)
+        if i < len(layers):
+            x = layers[i].step(x, cache, i, mask)  # type: ignore[operator]
+            i += 1
+    return x
+
+
+def _called(plain: list[Step], x: Tensor, cache: KVCache, first: int, mask: Tensor | None) -> Tensor:
+    """Layers ``first`` and those behind it, each by its call; x [B, 1, E]."""
+    row = x[:, 0]
+    with torch._C._AutoDispatchBelowAutograd():
+        for i, step in enumerate(plain, first):
+            own = cache.storage(i, row, *step.heads)
             row = op(row, own, cache.length, mask, *step.memory, *step.rest)
-    return x if row is None else row[:, None]
+    return row[:, None]
 
 
 def is_plain(layer: nn.Module, features: int) -> bool:
