@@ -276,13 +276,20 @@ struct ForwardUnit {
                 if (here.empty()) continue;
                 const long size = here.end - here.begin, skip = here.begin - keys.begin;
                 const bool half = panels[p].count <= n;
-                const bool changed = !Scores<A>::untouched(c, s, panels[p]).holds(here);
                 A* const weights = kept ? kept->weights + p * kept->of_panel + here.begin * W : tile;
-                if (changed) Scores<A>(c, s, panels[p]).template fetch<S>(here);
-                (half ? gemm<A, 1> : gemm<A, 2>)(size, kr.p + skip * kr.ld, kr.ld,
-                                                 {columns + p * c.D * W, W, 0}, 1, c.D, weights, W, 0, false,
-                                                 nullptr, asks ? &next_k : nullptr);
-                if (changed) Scores<A>(c, s, panels[p]).template apply<S>(weights, W, here, nullptr);
+                const auto multiply = [&] {
+                    (half ? gemm<A, 1> : gemm<A, 2>)(size, kr.p + skip * kr.ld, kr.ld,
+                                                     {columns + p * c.D * W, W, 0}, 1, c.D, weights, W, 0,
+                                                     false, nullptr, asks ? &next_k : nullptr);
+                };
+                if (Scores<A>::untouched(c, s, panels[p]).holds(here)) {
+                    multiply();
+                } else {
+                    const Scores<A> scores(c, s, panels[p]);
+                    scores.template fetch<S>(here);
+                    multiply();
+                    scores.template apply<S>(weights, W, here, nullptr);
+                }
                 const long fading = begun[p] ? panels[p].count : 0;
                 const bool paired = c.dropout_p == 0 && panels[p].count <= n / 2;
                 if (paired) {
