@@ -90,7 +90,7 @@ SK_INLINE void part_pairs(A* tile, long keys) {
 }
 
 template <class A>
-SK_INLINE void drop_weights(const Dropout<A>& dropout, A* tile, Span keys) {
+SK_APART void drop_weights(const Dropout<A>& dropout, A* tile, Span keys) {
     constexpr long n = Simd<A>::n, W = 2 * n;
     for (long k = keys.begin; k < keys.end; k += 4) {
         Vec<A> factor[2][4];

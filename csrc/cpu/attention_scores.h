@@ -151,7 +151,7 @@ struct Scores {
     // tile[key][ld] of these keys: products -> scores in units of log 2, -inf where hidden. If cap_slope is
     // given, d cap(x) / dx is left there, in the same layout.
     template <class S>
-    SK_INLINE void apply(A* tile, long ld, Span keys, A* cap_slope) const {
+    SK_APART void apply(A* tile, long ld, Span keys, A* cap_slope) const {
         const Span plain = untouched();
         for (long line = keys.begin; line < keys.end; line += LINE) {
             const long end = min_of(line + LINE, keys.end);
@@ -180,7 +180,7 @@ struct Scores {
 
     // What comes from memory, masks and biases, is asked for before the matmul whose scores it changes.
     template <class S>
-    SK_INLINE void fetch(Span keys) const {
+    SK_APART void fetch(Span keys) const {
         mask.template fetch<unsigned char>(panel.count, keys);
         if (c.bias_is_wide)
             bias.template fetch<A>(panel.count, keys);
@@ -301,8 +301,8 @@ SK_INLINE bool is_finite(const A* row, long size) {
 // times NaN would be NaN. There are such rows where a mask is given, and before a window, whose first keys
 // are those of a whole vector.
 template <class A>
-SK_INLINE Rows<A> without_unseen(const AttentionCall& c, const Sequence& s, const Panel<A>* panels,
-                                 long count, Rows<A> rows, Span keys, long size, A* buffer) {
+SK_APART Rows<A> without_unseen(const AttentionCall& c, const Sequence& s, const Panel<A>* panels, long count,
+                                Rows<A> rows, Span keys, long size, A* buffer) {
     if (!c.mask.p && (c.left < 0 || keys.begin >= panels[0].first + s.d - c.left)) return rows;
     constexpr long n = Simd<A>::n;
     constexpr int together = 4;  // sums that need not wait for one another

@@ -206,11 +206,20 @@ SK_INLINE TileFn<E> find_tile(long rows) {
 }
 
 template <class E, int NV, bool KMAJOR>
-__attribute__((noinline)) TileFn<E> tile_for(long rows, long panels) {
+SK_APART TileFn<E> tile_for(long rows, long panels) {
     return panels == 4   ? find_tile<E, NV, 4, KMAJOR>(rows)
            : panels == 2 ? find_tile<E, NV, 2, KMAJOR>(rows)
                          : find_tile<E, NV, 1, KMAJOR>(rows);
 }
+
+// Tiles of two vectors are compiled with the recurrent kernels, for the others too.
+#define SK_TILES(E, ...)                                              \
+    __VA_ARGS__ template TileFn<E> tile_for<E, 2, false>(long, long); \
+    __VA_ARGS__ template TileFn<E> tile_for<E, 2, true>(long, long);
+#ifndef SEQKERN_BF16_DOT
+SK_TILES(float, extern)
+SK_TILES(double, extern)
+#endif
 
 // A panel block of 1024 x 64 floats is 256 KB: it stays in L2 under the row tiles.
 template <class E>

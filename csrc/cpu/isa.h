@@ -11,6 +11,8 @@ namespace SEQKERN_ISA {
 #define SK_UNLESS_BF16(call, c, ...) \
     if (c.dtype != Dtype::bf16) return isa_avx512_table()->call(c __VA_OPT__(, ) __VA_ARGS__)
 #else
+SK_TILES(float)
+SK_TILES(double)
 #define SK_UNLESS_BF16(...)
 #define SK_FOR_DTYPE(dtype, CellT, CALL) \
     switch (dtype) {                     \

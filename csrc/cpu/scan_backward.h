@@ -2,36 +2,31 @@
 // behind, then the gradients of weights and input are matmuls over the whole chunk.
 #pragma once
 
-#include "scan_common.h"
+#include "scan_gradients.h"
 
 namespace seqkern {
 namespace SEQKERN_ISA {
 
-constexpr long BACKWARD_CHUNK_ROWS =
-    512;                                 // depth of the weight gradients' matmul; 14 columns of it fit in L1
-constexpr long ROWS_WORTH_COPYING = 64;  // with fewer, weights are read as they lie
-constexpr long SUM_ROWS = 32;            // rows of a bias gradient summed before they join the rest
+// Depth of the weight gradients' matmul; 14 columns of it fit in L1.
+constexpr long BACKWARD_CHUNK_ROWS = 512;
 
 template <class CellT, class A, class S>
-struct BackwardScan {
+struct BackwardScan : Gradients<A, S> {
+    using Base = Gradients<A, S>;
+    using Base::bias_gradient, Base::block_gradient, Base::copy_out, Base::emit, Base::multiply,
+        Base::pack_block, Base::pack_panels, Base::pack_weights, Base::result, Base::rounded,
+        Base::start_state, Base::weights_of;
+    using Base::n, Base::PW, Base::NATIVE, Base::PAIRS;
+    using typename Base::E, typename Base::F, typename Base::Weights;
     using Sh = Shape<CellT, A>;
-    using E = typename FactorsOf<A, S>::E;
-    using F = Factor<E>;
-    static constexpr int n = Sh::n, G = Sh::G, PW = 2 * n;
+    static constexpr int G = Sh::G;
     static constexpr int KEPT =
         G + CellT::APART;  // a cell that keeps x and r apart differs in its last gate only
-    static constexpr bool NATIVE = __is_same(A, S);  // no result is rounded at the end
-    static constexpr bool PAIRS = F::depth == 2;
 
     const BackwardCall& c;
     Sh s;
     long ld_gates, chunk,
         K;  // columns kept: APART [n_x, first gates.., n_r], so that both sides are G H in a row
-    // A matrix of weights [K][columns]: its first panels as they lie, the others packed.
-    struct Weights {
-        long lying;
-        Panels<E> as_it_lies, packed;
-    };
     struct {
         Weights w_ih, w_hh, w_hr;
         A *carry, *dc;    // [B][ld]: gradients of the states between two steps
@@ -54,12 +49,12 @@ struct BackwardScan {
         projected = c.weights[0].w_hr != nullptr;
         weights = c.d_weights[0].w_ih != nullptr;
         at_once = !NATIVE && c.N <= chunk;
-        d_input = c.D == 1 ? nullptr : result<A>(arena, c.d_input, c.N * c.I);
+        d_input = c.D == 1 ? nullptr : result(arena, c.d_input, c.N * c.I);
         for (int i = 0; i < c.D; ++i) {
             const auto& out = c.d_weights[i];
-            if (c.d_input) d[i].w_ih = weights_of(arena, c.weights[i].w_ih, K, c.I);
-            d[i].w_hh = weights_of(arena, c.weights[i].w_hh, K, c.P);
-            if (projected) d[i].w_hr = weights_of(arena, c.weights[i].w_hr, c.P, c.H);
+            if (c.d_input) d[i].w_ih = weights_of(arena, c.weights[i].w_ih, K, c.I, c.N);
+            d[i].w_hh = weights_of(arena, c.weights[i].w_hh, K, c.P, c.N);
+            if (projected) d[i].w_hr = weights_of(arena, c.weights[i].w_hr, c.P, c.H, c.N);
             d[i].carry = arena.take<A>(c.B * s.ld_p);
             d[i].dc = CellT::HAS_C ? arena.take<A>(c.B * s.ld_h) : nullptr;
             d[i].gates = arena.take<E>(chunk * ld_gates);
@@ -67,41 +62,12 @@ struct BackwardScan {
             d[i].x = weights ? arena.take<E>(s.blocks_i * chunk * PW) : nullptr;
             d[i].h = weights ? arena.take<E>(s.blocks_p * chunk * PW) : nullptr;
             d[i].full = weights && projected ? arena.take<E>(s.blocks_h * chunk * PW) : nullptr;
-            d[i].d_w_ih = result<A>(arena, at_once ? nullptr : out.w_ih, K * c.I);
-            d[i].d_w_hh = result<A>(arena, at_once ? nullptr : out.w_hh, K * c.P);
-            d[i].d_w_hr = result<A>(arena, at_once ? nullptr : out.w_hr, c.P * c.H);
-            d[i].d_b_ih = result<A>(arena, out.b_ih, K);
-            d[i].d_b_hh = result<A>(arena, out.b_hh, K);
+            d[i].d_w_ih = result(arena, at_once ? nullptr : out.w_ih, K * c.I);
+            d[i].d_w_hh = result(arena, at_once ? nullptr : out.w_hh, K * c.P);
+            d[i].d_w_hr = result(arena, at_once ? nullptr : out.w_hr, c.P * c.H);
+            d[i].d_b_ih = result(arena, out.b_ih, K);
+            d[i].d_b_hh = result(arena, out.b_hh, K);
         }
-    }
-
-    Weights weights_of(Arena& arena, const void* w, long rows, long columns) const {
-        const long panels = ceil_div(columns, PW);
-        const long lying = NATIVE && c.N < ROWS_WORTH_COPYING ? columns / PW : 0;
-        E* packed = arena.take<E>((panels - lying) * whole_steps<E>(rows) * PW);
-        return {lying,
-                {static_cast<const E*>(NATIVE ? w : nullptr), columns, PW},
-                packed_panels(packed, rows, PW, 0)};
-    }
-    static E* packed_from(const Weights& w) { return const_cast<E*>(w.packed.first); }
-
-    // o[panel][row][PW] (+)= a[row][k] times panels [first, first + panels) of w, rows [w_row, w_row +
-    // depth).
-    static void multiply(long rows, const E* a, long lda, const Weights& w, long first, long panels,
-                         long w_row, long depth, A* o, long ldo, long o_stride, bool accumulate) {
-        const long lying = max_of(0, min_of(panels, w.lying - first));
-        if (lying)
-            gemm<E, 2>(rows, a, lda, w.as_it_lies.from(first, w_row), lying, depth, o, ldo, o_stride,
-                       accumulate);
-        if (panels > lying)
-            gemm<E, 2>(rows, a, lda, w.packed.from(first + lying - w.lying, w_row), panels - lying, depth,
-                       o + lying * o_stride, ldo, o_stride, accumulate);
-    }
-
-    template <class To>
-    static To* result(Arena& arena, void* out, long count) {
-        if (!out) return nullptr;
-        return NATIVE ? static_cast<To*>(out) : arena.take<To>(count);
     }
 
     void run(const Team& team) {
@@ -194,37 +160,9 @@ struct BackwardScan {
         for (long k = all.begin; k < all.end; ++k) d_input[k] = 0;
     }
 
-    static void start_state(A* to, const void* grad, long at, long width) {
-        if (grad) {
-            copy_row<A>(to, static_cast<const S*>(grad) + at, width);
-        } else {
-            for (long j = 0; j < width; ++j) to[j] = 0;
-        }
-    }
-
     // A thread's share of the steps along K rows.
     static Range steps_of(long K, const Team& team) {
         return share(ceil_div(K, F::depth), team.thread, team.threads);
-    }
-
-    static void pack_weights(const Weights& to, long step, long depth, const void* w, long columns) {
-        const long done = to.lying * PW, row = step * F::depth;
-        const S* from = static_cast<const S*>(w) + row * columns + done;
-        pack_panels(packed_from(to), row, depth, from, row + 1 < depth ? from + columns : nullptr,
-                    columns - done);
-    }
-
-    // Row k of a matrix with `depth` rows into its panels; the one behind it too where two make a step.
-    template <class From>
-    static void pack_panels(E* to, long k, long depth, const From* row, const From* behind, long width) {
-        for (long p = 0; p * PW < width; ++p) {
-            E* at = to + (p * whole_steps<E>(depth) + k) * PW;
-            if constexpr (PAIRS) {
-                pack_pair(at, PW, row + p * PW, behind ? behind + p * PW : nullptr, width - p * PW);
-            } else {
-                pack_row(at, PW, row + p * PW, width - p * PW);
-            }
-        }
     }
 
     // The row that precedes (t, b) in the scan's own order, or -1 where that is the initial state.
@@ -425,10 +363,10 @@ struct BackwardScan {
                     if (r_side) bias_gradient(d[i].d_b_hh, r_row, sums, width, add);
                 }
                 if (x_side)
-                    block_gradient(block, buf.tile, width, rows, d[i].x, x_panels, c.I,
+                    block_gradient(block, buf.tile, width, rows, d[i].x, chunk, x_panels, c.I,
                                    {d[i].d_w_ih, c.d_weights[i].w_ih}, x_row, add);
                 if (r_side)
-                    block_gradient(block, buf.tile, width, rows, d[i].h, h_panels, c.P,
+                    block_gradient(block, buf.tile, width, rows, d[i].h, chunk, h_panels, c.P,
                                    {d[i].d_w_hh, c.d_weights[i].w_hh}, r_row, add);
                 if (together < all) block += whole_steps<E>(rows) * width;
             }
@@ -438,77 +376,9 @@ struct BackwardScan {
             Range units = share(c.P, item, out_blocks);
             A sums[max_rows<2>() + n];
             pack_block(buf.block, d[i].dh + units.begin, s.ld_p, units.end - units.begin, rows, sums);
-            block_gradient(buf.block, buf.tile, units.end - units.begin, rows, d[i].full, {0, s.blocks_h},
-                           c.H, {d[i].d_w_hr, c.d_weights[i].w_hr}, units.begin, add);
+            block_gradient(buf.block, buf.tile, units.end - units.begin, rows, d[i].full, chunk,
+                           {0, s.blocks_h}, c.H, {d[i].d_w_hr, c.d_weights[i].w_hr}, units.begin, add);
         }
-    }
-
-    // to[row][width] = from[row][0..width), and the sums over the rows. Whole vectors: what is read and
-    // written past a row's width belongs to the padding or is written next.
-    static void pack_block(E* to, const E* from, long ld, long width, long rows, A* sums) {
-        constexpr int VECTORS = (max_rows<2>() + n - 1) / n;
-        Vec<A> total[VECTORS] = {};
-        for (long first = 0; first < rows; first += SUM_ROWS) {
-            Vec<A> part[VECTORS] = {};
-            for (long k = first; k < min_of(rows, first + SUM_ROWS); k += F::depth) {
-                SK_UNROLL
-                for (int v = 0; v < VECTORS; ++v) {
-                    const E* row = from + k * ld + v * n;
-                    if constexpr (PAIRS) {
-                        auto pairs = bfloat_bits(row, n);
-                        if (k + 1 < rows) pairs |= bfloat_bits(row + ld, n) << 16;
-                        F::store(to + k * width + v * F::width, pairs);
-                        part[v] += F::lower(pairs) + F::upper(pairs);
-                    } else {
-                        Vec<A> x = load<A>(row);
-                        store<A>(to + k * width + v * n, x);
-                        part[v] += x;
-                    }
-                }
-            }
-            for (int v = 0; v < VECTORS; ++v) total[v] += part[v];
-        }
-        for (int v = 0; v < VECTORS; ++v) store<A>(sums + v * n, total[v]);
-    }
-
-    struct Gradient {
-        A* sums;
-        void* out;
-    };
-    // Rows [first, first + width) of some panels of a gradient [..][columns] (+)= block^T b.
-    void block_gradient(const E* block, A* tile, long width, long rows, const E* b, Range panels,
-                        long columns, Gradient to, long first, bool add) const {
-        TileFn<E> run = tile_for<E, 2, true>(width, 1);
-        for (long p = panels.begin; p < panels.end; ++p) {
-            const Panels<E> panel = packed_panels(b, chunk, PW, p);
-            for (long m = 0; to.sums && m < width; ++m) ask_for(to.sums + (first + m) * columns + p * PW, PW);
-            const bool last = p + 1 == panels.end;
-            run(block, width * F::depth, panel.first, panel.ld, 0, rows, tile, PW, 0, false, nullptr,
-                reinterpret_cast<const char*>(panel.at(last ? 0 : 1)), last ? 0 : 64);
-            for (long m = 0; m < width; ++m) {
-                const long at = (first + m) * columns + p * PW;
-                if (at_once) {
-                    emit(static_cast<S*>(to.out) + at, tile + m * PW, columns - p * PW, false);
-                } else {
-                    emit(to.sums + at, tile + m * PW, columns - p * PW, add);
-                }
-            }
-        }
-    }
-
-    // At most one panel's width of a result.
-    template <class To>
-    static void emit(To* to, const A* from, long columns, bool add) {
-        for (long j = 0; j < min_of(PW, columns); j += n) {
-            Vec<A> v = load<A>(from + j);
-            if (add) v += load_n<A>(to + j, columns - j);
-            store_n<A>(to + j, v, columns - j);
-        }
-    }
-
-    static void bias_gradient(A* to, long first, const A* sums, long width, bool add) {
-        if (!to) return;
-        for (long m = 0; m < width; ++m) to[first + m] = add ? to[first + m] + sums[m] : sums[m];
     }
 
     void input_gradient(int i, const Chunk& now, const Team& team, const Buffers& buf) {
@@ -549,15 +419,6 @@ struct BackwardScan {
             rounded(out.b_hh, d[i].d_b_hh, K, team);
         }
         if (d_input) rounded(c.d_input, d_input, c.N * c.I, team);
-    }
-
-    static void copy_out(S* to, const A* from, long count) {
-        for (long j = 0; j < count; j += n) store_n<A>(to + j, load_n<A>(from + j, count - j), count - j);
-    }
-    static void rounded(void* out, const A* from, long count, const Team& team) {
-        if (NATIVE || !out || !from) return;
-        Range r = share(count, team.thread, team.threads);
-        copy_out(static_cast<S*>(out) + r.begin, from + r.begin, r.end - r.begin);
     }
 };
 

@@ -8,6 +8,12 @@
 #else
 #define SK_INLINE inline __attribute__((always_inline))
 #endif
+// What is called once for many numbers: compiled once for all its callers.
+#ifdef __clang__
+#define SK_APART __attribute__((noinline))
+#else
+#define SK_APART __attribute__((noinline, noclone))
+#endif
 #define SK_UNROLL _Pragma("GCC unroll 32")
 
 namespace seqkern {
