@@ -1,4 +1,4 @@
-"""An encoder layer without a gradient in few calls: what follows products, torch's results, whom it leaves alone."""
+"""Layers without a gradient in few calls: what follows products, torch's results, whom they leave alone."""
 
 import copy
 import itertools
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqkern
 from seqkern.dispatcher import fast_paths
+from seqkern.functional import _layer
 from seqkern.nn import _whole
 from seqkern.ops import _backend
 from seqkern.testing import DTYPES, relative_rms, tolerance, worst
@@ -28,6 +29,17 @@ CALLS = {
     "float mask": {"src_mask": torch.zeros(L, L).masked_fill(CAUSAL, -torch.inf)},
     "padding": {"src_key_padding_mask": PADDING},
     "causal": {"src_mask": CAUSAL, "is_causal": True},
+}
+S = 5
+CROSS = torch.randn(L, S) > 1
+FAR = torch.arange(S) >= torch.tensor([5, 1, 3])[:, None]
+DECODER_CALLS = {
+    "plain": {},
+    "causal": {"tgt_mask": CAUSAL, "tgt_is_causal": True},
+    "masks": {"tgt_mask": CAUSAL, "memory_mask": CROSS},
+    "float masks": {"tgt_mask": torch.randn(L, L), "memory_mask": torch.randn(L, S)},
+    "padding": {"tgt_key_padding_mask": PADDING, "memory_key_padding_mask": FAR},
+    "causal, padded memory": {"tgt_mask": CAUSAL, "tgt_is_causal": True, "memory_key_padding_mask": FAR},
 }
 ACTIVATIONS = {0: lambda x: x, 1: F.relu, 2: F.gelu}
 
@@ -92,14 +104,33 @@ def test_the_op_is_whole():
     assert torch.equal(y, kept)
 
 
-def layers(dtype=torch.float32, **options):
+def layers(dtype=torch.float32, kind="Encoder", **options):
     options = {"dim_feedforward": FF, "dtype": dtype} | options
-    theirs = nn.TransformerEncoderLayer(E, H, **options).eval()
+    theirs = getattr(nn, f"Transformer{kind}Layer")(E, H, **options).eval()
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.3)
-    ours = seqkern.nn.TransformerEncoderLayer(E, H, **options).eval()
+    ours = getattr(seqkern.nn, f"Transformer{kind}Layer")(E, H, **options).eval()
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
+
+
+def whole(layer, x, mask=None, padding=None, is_causal=False):
+    return _whole.in_few_calls(layer, x, _whole.Hidden(mask, padding, is_causal))
+
+
+def whole_decoder(layer, x, memory, **masks):
+    own = [masks.get(name) for name in ("tgt_mask", "tgt_key_padding_mask")]
+    other = [masks.get(name) for name in ("memory_mask", "memory_key_padding_mask")]
+    own = _whole.Hidden(*own, masks.get("tgt_is_causal", False))
+    return _whole.in_few_calls(layer, x, own, _whole.Memory(memory, _whole.Hidden(*other)))
+
+
+def in_dtype(masks, dtype):
+    return {k: v.to(dtype) if getattr(v, "dtype", None) == torch.float32 else v for k, v in masks.items()}
+
+
+def in_double(masks):
+    return {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in masks.items()}
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -107,9 +138,7 @@ def layers(dtype=torch.float32, **options):
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @torch.no_grad()
 def test_as_torch(activation, dtype, call):
-    masks = {
-        k: v.to(dtype) if getattr(v, "dtype", None) == torch.float32 else v for k, v in CALLS[call].items()
-    }
+    masks = in_dtype(CALLS[call], dtype)
     for norm_first, batch_first, bias in itertools.product((False, True), repeat=3):
         options = {
             "norm_first": norm_first,
@@ -121,20 +150,99 @@ def test_as_torch(activation, dtype, call):
         x = torch.randn(B, L, E).to(dtype)
         x = x if batch_first else x.transpose(0, 1)  # strided, too
         kept = x.clone()
-        got = _whole.in_few_calls(
-            ours, x, masks.get("src_mask"), masks.get("src_key_padding_mask"), "is_causal" in masks
-        )
+        got = whole(ours, x, masks.get("src_mask"), masks.get("src_key_padding_mask"), "is_causal" in masks)
         if activation == "gelu" and dtype is torch.float64:
             assert got is None
             continue
         assert got is not None and torch.equal(got, ours(x, **masks)) and torch.equal(x, kept)
         want = theirs(x, **masks)
-        exact = copy.deepcopy(theirs).double()(
-            x.double(),
-            **{k: v.double() if torch.is_tensor(v) and v.dtype == dtype else v for k, v in masks.items()},
-        )
+        exact = copy.deepcopy(theirs).double()(x.double(), **in_double(masks))
         assert got.shape == want.shape
         close(got, want, exact, layers=8)
+
+
+@pytest.mark.parametrize("call", DECODER_CALLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@torch.no_grad()
+def test_a_decoder_layer_as_torch(activation, dtype, call):
+    masks = in_dtype(DECODER_CALLS[call], dtype)
+    for norm_first, batch_first, bias in itertools.product((False, True), repeat=3):
+        options = {"norm_first": norm_first, "batch_first": batch_first, "bias": bias}
+        theirs, ours = layers(dtype, "Decoder", activation=activation, **options)
+        x, memory = torch.randn(B, L, E).to(dtype), torch.randn(B, S, E).to(dtype)
+        x, memory = (t if batch_first else t.transpose(0, 1) for t in (x, memory))
+        kept = x.clone(), memory.clone()
+        got = whole_decoder(ours, x, memory, **masks)
+        if activation == "gelu" and dtype is torch.float64:
+            assert got is None
+            continue
+        assert got is not None and torch.equal(got, ours(x, memory, **masks))
+        assert torch.equal(x, kept[0]) and torch.equal(memory, kept[1])
+        want = theirs(x, memory, **masks)
+        exact = copy.deepcopy(theirs).double()(x.double(), memory.double(), **in_double(masks))
+        assert got.shape == want.shape
+        close(got, want, exact, layers=12)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")  # torch's
+@torch.no_grad()
+def test_what_a_decoder_layer_leaves_to_its_modules():
+    x, memory = torch.randn(L, B, E), torch.randn(S, B, E)
+    _, layer = layers(kind="Decoder")
+    assert whole_decoder(layer, x, memory) is not None
+    for wrong in (
+        memory[0],
+        memory[:0],
+        memory[:, :1],
+        memory.double(),
+        memory[..., 1:],
+        memory.to_sparse(),
+        nn.Parameter(memory.clone()),
+        torch.nested.nested_tensor(list(memory)),
+    ):
+        # A parameter is a plain tensor where no gradient is asked for.
+        assert (whole_decoder(layer, x, wrong) is None) == (type(wrong) is not nn.Parameter)
+    assert whole_decoder(layer, x, memory, memory_mask=CROSS, memory_key_padding_mask=FAR) is None
+    assert whole(layer, x) is None  # without a memory
+    for name in ("multihead_attn", "norm3", "dropout3", "multihead_attn.out_proj"):
+        _, layer = layers(kind="Decoder")
+        layer.get_submodule(name).register_forward_hook(lambda module, args, output: None)
+        assert (whole_decoder(layer, x, memory) is None) == (name != "multihead_attn.out_proj")
+    for change in (
+        lambda layer: layer.multihead_attn.train(),
+        lambda layer: layer.multihead_attn.double(),
+        lambda layer: setattr(layer.multihead_attn, "batch_first", True),
+        lambda layer: setattr(layer, "_mha_block", lambda x, *_: x),
+        lambda layer: setattr(layer, "norm3", nn.Identity()),
+        lambda layer: setattr(layer, "multihead_attn", seqkern.nn.MultiheadAttention(E, H, kdim=5).eval()),
+        lambda layer: parametrize.register_parametrization(
+            layer.multihead_attn, "in_proj_weight", nn.Identity()
+        ),
+    ):
+        _, layer = layers(kind="Decoder")
+        change(layer)
+        assert whole_decoder(layer, x, memory) is None
+    _, layer = layers(kind="Decoder")
+    layer.multihead_attn = seqkern.nn.MultiheadAttention(E, 2).eval()  # of other heads
+    torch.testing.assert_close(
+        whole_decoder(layer, x, memory), super(type(layer), layer).forward(x, memory), atol=1e-5, rtol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_wrong_masks_of_a_decoder_layer_are_told_before_anything_is_computed(monkeypatch):
+    _, layer = layers(kind="Decoder")
+    monkeypatch.setattr(_layer, "in_few_calls", lambda *_: pytest.fail("computed"))
+    x, memory = torch.randn(L, B, E), torch.randn(S, B, E)
+    for masks, kind in (
+        ({"memory_mask": CROSS.T}, RuntimeError),
+        ({"memory_key_padding_mask": FAR[:, 1:]}, AssertionError),
+        ({"memory_is_causal": True}, RuntimeError),
+        ({"tgt_mask": CROSS}, RuntimeError),
+    ):
+        with pytest.raises(kind, match="MultiheadAttention"):
+            layer(x, memory, **masks)
 
 
 class Mode(TorchDispatchMode):
@@ -205,9 +313,9 @@ CHANGES = {
 def test_a_changed_layer_runs_its_modules(change):
     _, layer = layers()
     x = torch.randn(L, B, E)
-    assert _whole.in_few_calls(layer, x, None, None, False) is not None
+    assert whole(layer, x) is not None
     CHANGES[change](layer)
-    assert _whole.in_few_calls(layer, x, None, None, False) is None
+    assert whole(layer, x) is None
 
 
 def test_a_layer_of_our_products_as_torch(monkeypatch):
@@ -217,7 +325,7 @@ def test_a_layer_of_our_products_as_torch(monkeypatch):
         theirs, ours = layers(dtype, norm_first=norm_first, activation="gelu")
         x = torch.randn(L, B, E).to(dtype)
         with torch.no_grad():
-            got = _whole.in_few_calls(ours, x, None, None, False)
+            got = whole(ours, x)
             assert got is not None
             close(got, theirs(x), copy.deepcopy(theirs).double()(x.double()), layers=8)
 
@@ -232,8 +340,8 @@ def test_any_layout(layout):
         "every other feature": torch.randn(L, B, 2 * E)[..., ::2],
         "a part of wider rows": torch.randn(L, B, 2 * E)[..., 3 : E + 3],
     }[layout]
-    got = _whole.in_few_calls(layer, x, None, None, False)
-    assert torch.equal(got, _whole.in_few_calls(layer, x.contiguous(), None, None, False))
+    got = whole(layer, x)
+    assert torch.equal(got, whole(layer, x.contiguous()))
 
 
 def test_the_result_may_be_written_to_with_a_gradient():
@@ -262,7 +370,7 @@ def test_where_somebody_looks_on():
     x = torch.randn(L, B, E)
 
     def taken(x=x, mask=None, padding=None):
-        return _whole.in_few_calls(layer, x, mask, padding, False) is not None
+        return whole(layer, x, mask, padding) is not None
 
     assert not taken()  # the parameters take gradients
     with torch.no_grad():

@@ -164,16 +164,14 @@ def encoder_layer(own: Callable) -> Callable:
             return _attend(rows, three, num_heads, seen)[0]
 
         layer = _layer.Layer(
-            (qkv_weight, qkv_bias),
-            (proj_weight, proj_bias),
+            (_layer.Attention((qkv_weight, qkv_bias), (proj_weight, proj_bias), attend),),
             (ffn_weight_1, ffn_bias_1),
             (ffn_weight_2, ffn_bias_2),
             (_layer.Norm(norm_weight_1, norm_bias_1, eps), _layer.Norm(norm_weight_2, norm_bias_2, eps)),
             norm_first,
             "gelu" if use_gelu else "relu",
         )
-        x = _layer.encoder_layer(rows.data, layer, attend)
-        return rows.like(x)
+        return rows.like(_layer.whole_layer(rows.data, layer))
 
     return run
 

@@ -1,10 +1,11 @@
-"""An encoder layer without a gradient in few calls: its products, the attention, and what follows each product.
+"""A layer of a Transformer without a gradient in few calls: its products, attentions, and what follows each product.
 
 torch's addmm writes the bias before it multiplies and an activation, a residual connection and a norm are passes over
 memory of their own; here one pass behind a product does all of that.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,23 +28,33 @@ class Norm(NamedTuple):
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
-class Layer(NamedTuple):
-    """Weight and bias of each product, and both norms."""
+Product = tuple[Tensor, Tensor | None]  # weight and bias
 
-    qkv: tuple[Tensor, Tensor | None]
-    out: tuple[Tensor, Tensor | None]
-    up: tuple[Tensor, Tensor | None]
-    down: tuple[Tensor, Tensor | None]
-    norms: tuple[Norm, Norm]
+
+class Attention(NamedTuple):
+    """The products before and behind an attention; what it makes [..., E] of is [..., 3 E], or of queries alone
+    [..., E]."""
+
+    into: Product
+    out: Product
+    attend: Callable[[Tensor], Tensor]
+
+
+class Layer(NamedTuple):
+    """One attention or two, the feed-forward's products, and the norm of each of them."""
+
+    attentions: tuple[Attention, ...]
+    up: Product
+    down: Product
+    norms: tuple[Norm, ...]
     norm_first: bool
     activation: str  # of `ACTIVATIONS`
 
 
-def encoder_layer(x: Tensor, layer: Layer, attend: Callable[[Tensor], Tensor]) -> Tensor:
-    """x [..., E] through a layer whose attention makes [..., E] of [..., 3 E]; inputs and parameters are plain tensors,
-    and nothing takes a gradient."""
+def whole_layer(x: Tensor, layer: Layer) -> Tensor:
+    """x [..., E] through a layer; inputs and parameters are plain tensors, and nothing takes a gradient."""
     short = may_be_short(x, layer.activation) and fits(x, layer)
-    return (in_few_calls if short else _by_parts)(x, layer, attend)
+    return (in_few_calls if short else _by_parts)(x, layer)
 
 
 def may_be_short(x: Tensor, activation: str) -> bool:
@@ -60,9 +71,15 @@ def may_be_short(x: Tensor, activation: str) -> bool:
 def fits(x: Tensor, layer: Layer) -> bool:
     """Whether parameters are what torch's constructors make: of x's dtype, and of sizes that nothing broadcasts."""
     E, F_ = x.shape[-1], layer.up[0].shape[0]
-    of_norms = zip(layer.norms[0][:2] + layer.norms[1][:2], ((E,),) * 4)
-    sizes = ((3 * E, E), (3 * E,), (E, E), (E,), (F_, E), (F_,), (E, F_), (E,))
-    for t, size in (*zip((*layer.qkv, *layer.out, *layer.up, *layer.down), sizes), *of_norms):
+    wide = 3 * E  # of the first attention, to which x alone gives all
+    expected = [(layer.up, F_, E), (layer.down, E, F_)]
+    for each in layer.attentions:
+        expected += (each.into, wide, E), (each.out, E, E)
+        wide = E
+    tensors = [
+        (t, size) for (w, b), rows, columns in expected for t, size in ((w, (rows, columns)), (b, (rows,)))
+    ]
+    for t, size in (*tensors, *((t, (E,)) for norm in layer.norms for t in norm[:2])):
         if t is not None and (
             t.shape != size or t.dtype is not x.dtype or not t.is_cpu or t.layout is not torch.strided
         ):
@@ -70,33 +87,36 @@ def fits(x: Tensor, layer: Layer) -> bool:
     return F_ > 0
 
 
-def _by_parts(x: Tensor, layer: Layer, attend: Callable[[Tensor], Tensor]) -> Tensor:
+def _by_parts(x: Tensor, layer: Layer) -> Tensor:
     # In place where the memory is new, as torch's path: there is no gradient to keep anything for.
-    def attention(x: Tensor) -> Tensor:
-        return linear(attend(linear(x, *layer.qkv)), *layer.out)
+    def attended(part: Attention, x: Tensor) -> Tensor:
+        return linear(part.attend(linear(x, *part.into)), *part.out)
 
     def feed(x: Tensor) -> Tensor:
         return linear(linear(x, *layer.up, layer.activation), *layer.down)
 
-    for block, norm in zip((attention, feed), layer.norms):
+    blocks = (*(partial(attended, part) for part in layer.attentions), feed)
+    for block, norm in zip(blocks, layer.norms):
         x = block(norm(x)).add_(x) if layer.norm_first else norm(block(x).add_(x))
     return x
 
 
-def in_few_calls(x: Tensor, layer: Layer, attend: Callable[[Tensor], Tensor]) -> Tensor:
-    first, norms = layer.norm_first, layer.norms
+def in_few_calls(x: Tensor, layer: Layer) -> Tensor:
+    first = layer.norm_first
     rows = x.reshape(-1, x.shape[-1])
-    seen = norms[0](rows) if first else rows
-    heads = attend(_with_bias(seen, *layer.qkv).view(*x.shape[:-1], -1))
-    rows = _product(heads.reshape(rows.shape), *layer.out, None, rows, None if first else norms[0])
-    inner = _product(norms[1](rows) if first else rows, *layer.up, layer.activation)
+    for part, norm in zip(layer.attentions, layer.norms):
+        seen = norm(rows) if first else rows
+        heads = part.attend(with_bias(seen, *part.into).view(*x.shape[:-1], -1))
+        rows = _product(heads.reshape(rows.shape), *part.out, None, rows, None if first else norm)
+    norm = layer.norms[-1]
+    inner = _product(norm(rows) if first else rows, *layer.up, layer.activation)
     # No view, which could not be written to once gradients are enabled again.
     return torch.ops.aten._unsafe_view.default(
-        _product(inner, *layer.down, None, rows, None if first else norms[1]), x.shape
+        _product(inner, *layer.down, None, rows, None if first else norm), x.shape
     )
 
 
-def _with_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def with_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _backend.torch_outruns("linear", (x, weight, bias)):
         return F.linear(x, weight, bias)
     return direct_linear(x, weight, bias, 0)

@@ -1,8 +1,8 @@
 """The Transformer of torch.nn: layers, stacks of them, and both stacks together.
 
 torch's constructors build torch's parts; those become ours here, with the parameters that they were given. torch's
-encoder layers run its native path in eval mode, past the modules that they hold; these go past them where nobody would
-notice (`_whole`).
+encoder layers run its native path in eval mode, past the modules that they hold; layers of both kinds go past them here
+where nobody would notice (`_whole`).
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from seqkern.functional import linear
 from seqkern.nn import _masks
 from seqkern.nn._modules import activation_name, unheard
-from seqkern.nn._whole import in_few_calls
+from seqkern.nn._whole import Hidden, Memory, in_few_calls
 from seqkern.nn.attention import MultiheadAttention
 from seqkern.nn.cache import KVCache
 from seqkern.nn.generation import Generated, advance, generate
@@ -96,7 +96,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        whole = in_few_calls(self, src, src_mask, src_key_padding_mask, is_causal)
+        whole = in_few_calls(self, src, Hidden(src_mask, src_key_padding_mask, is_causal))
         if whole is not None:
             return whole
 
@@ -140,18 +140,47 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     torch.Size([3, 5, 8])
     """
 
-    in_one_call = True  #: whether this very class's step is `_step.steps`'s; no subclass's is
+    in_one_call = (
+        True  #: whether this very class's step and forward are `_step`'s and `_whole`'s; no subclass's are
+    )
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         _adopt(self)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        hidden = Hidden(tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+        of_memory = Hidden(memory_mask, memory_key_padding_mask, memory_is_causal)
+        whole = in_few_calls(self, tgt, hidden, Memory(memory, of_memory))
+        if whole is not None:
+            return whole
+        return super().forward(
+            tgt,
+            memory,
+            tgt_mask,
+            memory_mask,
+            tgt_key_padding_mask,
+            memory_key_padding_mask,
+            tgt_is_causal,
+            memory_is_causal,
+        )
 
     def _ff_block(self, x: Tensor) -> Tensor:
         return _dropped(self.dropout3, _feed_forward(self, x))
 
     def _why_no_step(self) -> str:
         parts = {"self_attn": self.self_attn, "multihead_attn": self.multihead_attn}
-        return _why_no_step(self, nn.TransformerDecoderLayer, parts)
+        return _why_no_step(self, TransformerDecoderLayer, parts)
 
     def step(self, x: Tensor, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
         """The layer of new positions x [B, n, E], as `TransformerDecoder.step` calls it."""
