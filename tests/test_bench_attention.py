@@ -27,7 +27,7 @@ from seqkern.bench.attention_models import OPTIONS
 from seqkern.bench.rows import FLEX, INFERENCE, MODES, ONNX, OURS, PEERS, TORCH, TRAINING
 from seqkern.bench.suites import SUITES
 from seqkern.bench.targets import PLAIN, Target, judge
-from seqkern.bench.transformer import EncoderRow, GenerationRow, WeightsRow
+from seqkern.bench.transformer import DecoderRow, EncoderRow, GenerationRow, WeightsRow
 from seqkern.cli import app
 
 TINY = AttentionRow("tiny", PEERS, "float32", 2, 4, 9, 8)
@@ -47,6 +47,7 @@ GENERATION = GenerationRow("generation", transformer.GENERATION, "float32", 2, 5
 STACKS = {
     "encoder": EncoderRow("encoder", PEERS, "float32", INFERENCE, 2, 3, 1, 8, 2, 16),
     "encoder training": EncoderRow("encoder training", PEERS, "float32", TRAINING, 2, 3, 1, 8, 2, 16),
+    "decoder": DecoderRow("decoder", transformer.DECODER, "float32", 2, 3, 5, 1, 8, 2, 16),
     "weights": WeightsRow("weights", OPTION, "float32", 2, 3, 8, 2),
     "generation": GENERATION,
 }
@@ -146,6 +147,10 @@ def test_work_is_counted():
     assert DECODING.amount(INFERENCE) == DECODING.bytes_read(INFERENCE) / 1e9
     encoder = STACKS["encoder"]
     assert encoder.flop(INFERENCE) == 2 * 3 * (2 * (4 * 64 + 2 * 128) + 4 * 3 * 8)
+    decoder = STACKS["decoder"]
+    products = 3 * (6 * 64 + 2 * 128) + 5 * 2 * 64
+    assert decoder.flop(INFERENCE) == 2 * (2 * products + 4 * 8 * (4.5 + 15))
+    assert decoder.flop(TRAINING) == 2 * (6 * products + 3.5 * 4 * 8 * (4.5 + 15))
     assert GENERATION.amount(INFERENCE) == 10
     one = replace(GENERATION, B=1)
     weights = 6 * 64 + 2 * 128 + 8 * 11
@@ -222,7 +227,9 @@ def test_attention_is_timed_written_drawn_and_shown(bench, tmp_path):
 
 def test_stacks_are_timed(bench):
     made, output = bench("transformer", STACKS.values(), "--peers", "torch", "--threads", "1")
-    assert [(r.name, r.mode) for r in made] == [(row.name, row.modes[0]) for row in STACKS.values()]
+    assert [(r.name, r.mode) for r in made] == [
+        (row.name, mode) for row in STACKS.values() for mode in row.modes
+    ]
     assert made[-1].unit == "tokens/s" and made[-1].limit is None
     assert "tokens/s" in output
     assert "greedy decoding" in tables.markdown(made)

@@ -29,7 +29,7 @@ from seqkern.bench.rows import (
 )
 from seqkern.bench.suites import SUITES
 from seqkern.bench.targets import PLAIN, best_ratio
-from seqkern.bench.transformer import GENERATION
+from seqkern.bench.transformer import DECODER, GENERATION
 
 HEADINGS = {
     PEERS: "the rows of the peers' published figures",
@@ -38,6 +38,7 @@ HEADINGS = {
     DECODE: "decoding, one query: B,H/kv,S,D",
     BF16: "bfloat16",
     LENGTHS: "the length of the sequence",
+    DECODER: "a decoder with a memory: B,L,S",
     GENERATION: "greedy decoding",
     ON_CHIP: "recurrent weights that one multiprocessor holds",
     STEPS: "weights that fit no multiprocessor",

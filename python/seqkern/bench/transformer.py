@@ -10,7 +10,7 @@ from seqkern.bench.attention import ATTENTION_TRAINING_FLOP, BF16, MOST, OPTION
 from seqkern.bench.rows import INFERENCE, PEERS, TOKENS, TORCH, TRAINING, TRAINING_FLOP, Row
 from seqkern.bench.targets import PLAIN, Target
 
-GENERATION = "generation"
+DECODER, GENERATION = "decoder", "generation"
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,61 @@ class EncoderRow(Row):
         if self.group == BF16:
             return Target(1.0, TORCH)
         return Target(1.5 if mode == TRAINING else 1.8, TORCH)
+
+
+class Causal(nn.Module):
+    """A decoder whose targets see what came before them."""
+
+    def __init__(self, decoder: nn.TransformerDecoder, length: int) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return self.decoder(x, memory, tgt_mask=self.mask, tgt_is_causal=True)
+
+
+@dataclass(frozen=True)
+class DecoderRow(Row):
+    """torch.nn.TransformerDecoder on ``[B, L, E]`` with a causal mask and a memory ``[B, S, E]``, without dropout."""
+
+    suite = "transformer"
+
+    B: int
+    L: int
+    S: int
+    layers: int = 6
+    E: int = 512
+    heads: int = 8
+    ff: int = 2048
+
+    def build(self) -> tuple[nn.Module, tuple[Any, ...]]:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            layer = nn.TransformerDecoderLayer(self.E, self.heads, self.ff, dropout=0.0, batch_first=True)
+            model = Causal(nn.TransformerDecoder(layer, self.layers), self.L).to(self.torch_dtype)
+            x, memory = (torch.randn(self.B, n, self.E).to(self.torch_dtype) for n in (self.L, self.S))
+        return model, (x, memory)
+
+    def rivals(self, mode: str) -> frozenset[str]:
+        return frozenset({TORCH})
+
+    def depth(self) -> int:
+        return self.layers
+
+    def _flop(self, linear: float, attention: float) -> float:
+        products = self.L * (6 * self.E**2 + 2 * self.E * self.ff) + self.S * 2 * self.E**2
+        pairs = self.L * (self.L / 2 + self.S)
+        return (linear * 2.0 * products + attention * 4.0 * self.E * pairs) * self.layers * self.B
+
+    def forward_flop(self) -> float:
+        return self._flop(1, 1)
+
+    def flop(self, mode: str) -> float:
+        return self._flop(TRAINING_FLOP, ATTENTION_TRAINING_FLOP) if mode == TRAINING else self._flop(1, 1)
+
+    def target(self, mode: str) -> Target | None:
+        return Target(1.0, TORCH)
 
 
 class Weighted(nn.Module):
@@ -206,6 +261,7 @@ def rows() -> tuple[Row, ...]:
         GenerationRow("64 tokens, 6x512, batch 1", GENERATION, f32, 1),
         GenerationRow("64 tokens, 6x512, batch 16", GENERATION, f32, 16),
         WeightsRow("weights 4,512,512", OPTION, f32, 4, 512, 512, 8),
+        DecoderRow("decoder 6x512 8,64,64", DECODER, f32, 8, 64, 64),
         EncoderRow("bf16 encoder 6x384 32,64", BF16, "bfloat16", INFERENCE, 32, 64),
         EncoderRow("bf16 encoder 6x384 8,128", BF16, "bfloat16", TRAINING, 8, 128),
     )
