@@ -8,20 +8,25 @@
 namespace seqkern {
 namespace SEQKERN_ISA {
 
-// Lane j: the sum of the lanes of v[j]. A round adds two vectors into one: lanes whose number has the bit
-// come from the second, and every lane meets the one that differs from it in that bit.
-template <class A, int bit = Simd<A>::n / 2>
+// Two vectors added into one: lanes whose number has the bit come from the second, and every lane meets the
+// one that differs from it in that bit.
+template <class A, int bit>
+SK_INLINE Vec<A> joined(Vec<A> first, Vec<A> second) {
+    constexpr int n = Simd<A>::n;
+    constexpr auto keep = lanes<A>([](int i) { return i & bit ? n + i : i; });
+    constexpr auto other = lanes<A>([](int i) { return i & bit ? n + (i ^ bit) : i ^ bit; });
+    return __builtin_shuffle(first, second, keep) + __builtin_shuffle(first, second, other);
+}
+
+// Lane j: the sum of the lanes of v[j].
+template <class A, int bit = 1>
 SK_INLINE Vec<A> lane_sums(Vec<A>* v) {
-    if constexpr (bit == 0) {
+    if constexpr (bit == Simd<A>::n) {
         return v[0];
     } else {
-        constexpr int n = Simd<A>::n;
-        constexpr auto keep = lanes<A>([](int i) { return i & bit ? n + i : i; });
-        constexpr auto other = lanes<A>([](int i) { return i & bit ? n + (i ^ bit) : i ^ bit; });
         SK_UNROLL
-        for (int r = 0; r < bit; ++r)
-            v[r] = __builtin_shuffle(v[r], v[r + bit], keep) + __builtin_shuffle(v[r], v[r + bit], other);
-        return lane_sums<A, bit / 2>(v);
+        for (int r = 0; r < Simd<A>::n / bit; r += 2) v[r / 2] = joined<A, bit>(v[r], v[r + 1]);
+        return lane_sums<A, 2 * bit>(v);
     }
 }
 
@@ -140,16 +145,38 @@ void rows_as_they_lie(const S* w, long ldw, long K, long count, long rows, const
 constexpr int STREAMS = 4;
 constexpr long BYTES_AHEAD = 2048;  // of a stream, at least, in whole rows
 
-// The chains of GROUPS times M rows of x. What is ahead in the streams is asked for in equal parts.
+// The same for vectors that come one after the other, `count` before this one: a pair is joined as soon as it
+// is there, so that few of them wait, and the sums are left in the last level.
+template <class A>
+using Waiting = Vec<A> (*)[FEW_ROWS][STREAMS];  // [level][row of x][stream]
+
+template <class A, int M, int bit = 1>
+SK_INLINE void settle(Vec<A> (*v)[STREAMS], Waiting<A> waiting, long row, long count) {
+    if constexpr (bit < Simd<A>::n)
+        if (count % 2) {
+            SK_UNROLL
+            for (int m = 0; m < M; ++m) SK_UNROLL
+            for (int s = 0; s < STREAMS; ++s) v[m][s] = joined<A, bit>((*waiting)[row + m][s], v[m][s]);
+            return settle<A, M, 2 * bit>(v, waiting + 1, row, count / 2);
+        }
+    SK_UNROLL
+    for (int m = 0; m < M; ++m) SK_UNROLL
+    for (int s = 0; s < STREAMS; ++s) (*waiting)[row + m][s] = v[m][s];
+}
+
+// The r-th row of weights from each stream times GROUPS times M rows of x. What is ahead in the streams is
+// asked for in equal parts.
 template <class A, int M, int GROUPS = 1, bool ASKS = false, class S>
-SK_INLINE void few_rows_chains(const S* const* w, long K, const A* x, long ldx, Vec<A> (*to)[STREAMS],
-                               const S* const* ahead = nullptr) {
+SK_INLINE void few_rows_chains(const S* const* w, long K, const A* x, long ldx, long row, long r,
+                               Waiting<A> waiting, const S* const* ahead = nullptr) {
     constexpr int ASKED = ASKS ? STREAMS / GROUPS : 0;
-    for (long g = 0; g < GROUPS; ++g) {
+    for (long g = 0; g < GROUPS; ++g, row += M) {
         Multiplied<A> by[M];
         SK_UNROLL
-        for (int m = 0; m < M; ++m) by[m] = Multiplied<A>(x + (g * M + m) * ldx, K);
-        dot_chains<A, M, STREAMS, ASKED>(w, by, to + g * M, ahead + g * ASKED);
+        for (int m = 0; m < M; ++m) by[m] = Multiplied<A>(x + (row + m) * ldx, K);
+        Vec<A> part[M][STREAMS];
+        dot_chains<A, M, STREAMS, ASKED>(w, by, part, ahead + g * ASKED);
+        settle<A, M>(part, waiting, row, r);
     }
 }
 
@@ -158,13 +185,13 @@ SK_INLINE void few_rows_chains(const S* const* w, long K, const A* x, long ldx, 
 template <class A, class S, class Put>
 void few_rows(const S* w, long ldw, long K, long N, const A* x, long ldx, long rows, long thread,
               long threads, const Put& put) {
-    constexpr long n = Simd<A>::n, M = ROWS_TOGETHER;
+    constexpr long n = Simd<A>::n, M = ROWS_TOGETHER, LEVELS = __builtin_ctzl(n) + 1;
     const long blocks = ceil_div(N, n), end = blocks * (thread + 1) / threads;
     long block = blocks * thread / threads;
     const long each = (min_of(end, N / n) - block) / STREAMS;  // whole blocks of a stream
     const long rows_ahead = ceil_div(BYTES_AHEAD, K * static_cast<long>(sizeof(S)));
     for (long i = 0; i < each; ++i, ++block) {
-        Vec<A> chains[n][FEW_ROWS][STREAMS];
+        Vec<A> waiting[LEVELS][FEW_ROWS][STREAMS];
         for (long r = 0; r < n; ++r) {
             const S *from[STREAMS], *ahead[STREAMS];
             SK_UNROLL
@@ -175,26 +202,21 @@ void few_rows(const S* w, long ldw, long K, long N, const A* x, long ldx, long r
             long row = 0;
             if constexpr (ASKS_AHEAD) {
                 if (rows >= 4 * M) {
-                    few_rows_chains<A, M, 4, true>(from, K, x, ldx, chains[r], ahead), row = 4 * M;
+                    few_rows_chains<A, M, 4, true>(from, K, x, ldx, 0, r, waiting, ahead), row = 4 * M;
                 } else if (rows >= 2 * M) {
-                    few_rows_chains<A, M, 2, true>(from, K, x, ldx, chains[r], ahead), row = 2 * M;
+                    few_rows_chains<A, M, 2, true>(from, K, x, ldx, 0, r, waiting, ahead), row = 2 * M;
                 } else if (rows >= M) {
-                    few_rows_chains<A, M, 1, true>(from, K, x, ldx, chains[r], ahead), row = M;
+                    few_rows_chains<A, M, 1, true>(from, K, x, ldx, 0, r, waiting, ahead), row = M;
                 } else {
-                    few_rows_chains<A, 1, 1, true>(from, K, x, ldx, chains[r], ahead), row = 1;
+                    few_rows_chains<A, 1, 1, true>(from, K, x, ldx, 0, r, waiting, ahead), row = 1;
                 }
             }
-            for (; row + M <= rows; row += M)
-                few_rows_chains<A, M>(from, K, x + row * ldx, ldx, chains[r] + row);
-            for (; row < rows; ++row) few_rows_chains<A, 1>(from, K, x + row * ldx, ldx, chains[r] + row);
+            for (; row + M <= rows; row += M) few_rows_chains<A, M>(from, K, x, ldx, row, r, waiting);
+            for (; row < rows; ++row) few_rows_chains<A, 1>(from, K, x, ldx, row, r, waiting);
         }
         for (long row = 0; row < rows; ++row)
-            for (int s = 0; s < STREAMS; ++s) {
-                Vec<A> each_row[n];
-                SK_UNROLL
-                for (int r = 0; r < n; ++r) each_row[r] = chains[r][row][s];
-                put(row, (block + s * each) * n, n, lane_sums<A>(each_row));
-            }
+            for (int s = 0; s < STREAMS; ++s)
+                put(row, (block + s * each) * n, n, waiting[LEVELS - 1][row][s]);
     }
     for (block += (STREAMS - 1) * max_of(each, 0); block < end; ++block) {
         const long j = block * n, count = min_of(n, N - j);
