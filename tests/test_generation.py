@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -285,6 +286,57 @@ def test_a_copy_goes_on_by_itself():
     with_stack, its_cache = copy.deepcopy((ours, cache))
     its_cache.truncate(2)
     torch.testing.assert_close(with_stack.step(x[:, 2:], None, its_cache), want)
+
+
+def test_a_shallow_copy_has_storage_of_its_own():
+    _, ours, _ = made("Decoder", batch_first=True)
+    x, memory, cache = torch.randn(2, 4, E), torch.randn(2, S, E), KVCache(capacity=8)
+    ours.step(x[:, :2], memory, cache)
+    one, other = copy.copy(cache), copy.copy(cache)
+    ours.step(x[:, 2:3], None, one)
+    ours.step(x[:, :1], None, other)
+    want = ours.step(x, memory, KVCache())[:, 3:]
+    torch.testing.assert_close(ours.step(x[:, 3:], None, one), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_saved_cache_leaves_its_stack_behind():
+    _, ours, _ = made("Decoder", batch_first=True)
+    x, memory, cache = torch.randn(2, 4, E), torch.randn(2, S, E), KVCache()
+    ours.step(x[:, :2], memory, cache)
+    saved = pickle.dumps(cache)
+    assert b"TransformerDecoder" not in saved and cache.owner is ours
+    loaded = pickle.loads(saved)
+    want = ours.step(x[:, 2:], None, cache)
+    torch.testing.assert_close(ours.step(x[:, 2:], None, loaded), want)
+    assert loaded.owner is ours
+
+
+def test_a_stack_that_changes_between_steps():
+    stack, cache = small()
+    x = torch.randn(2, 3, E)
+    stack.step(x[:, :1], cache)
+    stack.layers[1].train()
+    with pytest.raises(RuntimeError, match="training mode"):
+        stack.step(x[:, 1:], cache)
+    stack.eval()
+    last = stack.layers.pop(1)
+    with pytest.raises(ValueError, match="positions of 2 layers and the stack has 1"):
+        stack.step(x[:, 1:], cache)
+    stack.layers.append(last)
+    stack.double()
+    with pytest.raises(RuntimeError, match=r"it holds torch\.float32, and .* torch\.float64"):
+        stack.step(x[:, 1:].double(), cache)
+    stack.float()
+    assert cache.length == 1
+    want = stack.step(x, KVCache())[:, 1:]
+    torch.testing.assert_close(stack.step(x[:, 1:], cache), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e300, torch.inf])
+def test_a_temperature_of_any_size(temperature):
+    scores = torch.tensor([[1.0, 3.0, -torch.inf, 2.0]] * 50)
+    found = set(choose_token(scores, temperature).tolist())
+    assert found == {1} if temperature < 1 else found == {0, 1, 3}
 
 
 class Half(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor
 from seqkern.nn._masks import Seen
 
 SMALLEST = 16
+TO_COME = "a stack to come"
 
 
 class KVCache:
@@ -59,6 +60,14 @@ class KVCache:
         vars(found).update(copy.deepcopy(fields, memo) | kept)
         return found
 
+    def __copy__(self) -> "KVCache":
+        """Storage of its own: positions that one of them gets would be written over by the other's."""
+        return copy.deepcopy(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the stack, which is saved apart: a loaded cache belongs to the one that takes the next step on it."""
+        return vars(self) | {"owner": None if self.owner is None else TO_COME}
+
     def clear(self) -> None:
         """Forgets everything, the memory too."""
         self._length = 0  #: positions that count; what lies behind them is to be written over
@@ -68,7 +77,7 @@ class KVCache:
         self._real: Tensor | None = None  #: [B, capacity], False at padding; None while there is none
         self.memory: Tensor | None = None  #: the memory whose keys and values are held
         self.memory_seen = Seen()  #: what of the memory is seen
-        self.owner: object = None  #: the stack that fills it
+        self.owner: object = None  #: the stack that fills it; `TO_COME` of a loaded cache
 
     @property
     def length(self) -> int:
@@ -85,6 +94,11 @@ class KVCache:
         """How many sequences it holds; None before the first call."""
         held = self._own or [keys for keys, _ in self._memory]
         return held[0].shape[0] if held else None
+
+    @property
+    def layers(self) -> int:
+        """How many layers' positions it holds; 0 before the first call."""
+        return len(self._own) if self._length else 0
 
     @property
     def lengths(self) -> Tensor | None:
@@ -162,6 +176,11 @@ class KVCache:
         """Keys and values [B, 2, H, n, D] of a layer's new positions -> those of all positions, [B, H, S, D] each."""
         length, wanted = self._length, self._length + pair.shape[3]
         held = self.storage(layer, pair, pair.shape[2], pair.shape[4]).narrow(3, 0, wanted)
+        if held.dtype is not pair.dtype:
+            raise RuntimeError(
+                f"KVCache: it holds {held.dtype}, and the new keys and values are {pair.dtype}; make all steps of a "
+                "cache under one autocast and with parameters of one dtype"
+            )
         held.narrow(3, length, pair.shape[3]).copy_(pair)
         return held.unbind(1)  # type: ignore[return-value]
 

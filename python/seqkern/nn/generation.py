@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from seqkern.nn._masks import Seen
 from seqkern.nn._step import steps
-from seqkern.nn.cache import KVCache
+from seqkern.nn.cache import TO_COME, KVCache
 
 
 class Generated(NamedTuple):
@@ -115,13 +115,18 @@ def advance(
 ) -> Tensor:
     """`TransformerEncoder.step` and `TransformerDecoder.step`."""
     if cache.owner is not stack:
-        if cache.owner is not None:
+        if cache.owner not in (None, TO_COME):
             raise ValueError(
                 "step: the cache belongs to another stack of layers; use a new KVCache, or clear this one"
             )
         _check_stack(stack, "step")
-    elif stack.training:
+    elif stack.training or any(layer.training for layer in stack.layers):
         _check_stack(stack, "step")
+    held = cache.layers
+    if held not in (0, len(stack.layers)):
+        raise ValueError(
+            f"step: the cache holds positions of {held} layers and the stack has {len(stack.layers)}; clear the cache"
+        )
     attention = stack.layers[0].self_attn
     first = 0 if attention.batch_first else 1
     _check_step(x, cache, padding, first, attention.embed_dim)
@@ -213,8 +218,10 @@ def choose_token(
     """
     if temperature == 0:
         return scores.argmax(dim=-1)
-    scores = scores.float()
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature  # none overflows, however low it is
+    scores = scores.double()  # which a temperature is, too: neither 0 nor infinite where it was not given so
+    scores = scores - scores.amax(dim=-1, keepdim=True)
+    # What was hidden stays so at a temperature of any height.
+    scores = (scores / temperature).masked_fill(scores == -torch.inf, -torch.inf).float()
     if top_k is not None and top_k < scores.shape[-1]:
         least = scores.topk(top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < least, -torch.inf)
