@@ -474,6 +474,20 @@ def test_a_graph_keeps_what_it_was_compiled_with():
     assert operators.count("seqkern.rnn_forward.default") == 1
 
 
+@pytest.mark.built
+@pytest.mark.usefixtures("everything_is_worth_it")
+def test_a_compiler_does_not_follow_us_behind_a_graph_it_broke():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with seqkern.enable(), torch.no_grad():
+        for size in (4, 5):
+            lstm, x = nn.LSTM(3, size), torch.randn(2, 1, 3)
+            model = nn.Sequential(nn.Linear(3, 3), lstm)
+            torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["total"] <= 6, frames  # of torch's own and the model's; each of ours would be one more
+
+
 def test_compiled_attention_and_what_it_hands_on():
     """Traced where functional's own hand-over to torch would come by again."""
     q = torch.randn(1, 2, 6, 4)

@@ -64,6 +64,17 @@ def _devices() -> tuple[str, ...]:
     return ("CPU", "CUDA") if torch.backends.cuda.is_built() else ("CPU",)
 
 
+def _unfollowed(kernel: Callable) -> Callable:
+    """Keeps torch.compile out of a kernel of ours. Operators are called inside of graphs, or where one was broken
+    already, as before torch.nn.LSTM; there it would compile this package's own Python, anew for all weights."""
+    frames = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(
+        kernel.__code__, frames._FrameExecStrategy(skip, skip)
+    )  # and all that it calls
+    return kernel
+
+
 def _kernels() -> list[tuple[str, str, Callable]]:
     """(operator, key, kernel of this package) of all that stands in, each with torch's own kernel behind it."""
     found = []
@@ -73,7 +84,7 @@ def _kernels() -> list[tuple[str, str, Callable]]:
                 # A composite kernel is the same function under both keys.
                 for key in (each.format(device) for each in keys):
                     own = _own(name, device if key.startswith("Autograd") else key)
-                    found.append((name, key, build(own)))
+                    found.append((name, key, _unfollowed(build(own))))
     return found
 
 
