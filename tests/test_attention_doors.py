@@ -149,6 +149,42 @@ def test_what_is_no_probability_is_left_to_torch(dropout_p):
             way(partial(scaled_dot_product_attention, q, k, v, None, dropout_p))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": torch.tensor(0.3, requires_grad=True)},  # which would have no gradient
+        {"scale": "0.3"},
+        {"is_causal": "none"},
+        {"is_causal": 1},
+        {"is_causal": None},
+        {"enable_gqa": 1},
+    ],
+    ids=str,
+)
+def test_what_is_no_number_or_flag_is_left_to_torch(options):
+    q, k, v = (torch.randn(1, 2, 3, 8) for _ in range(3))
+    for way in (lambda call: call(), long_way):
+        with pytest.raises(TypeError, match=next(iter(options))):
+            way(partial(scaled_dot_product_attention, q, k, v, **options))
+
+
+def test_numbers_of_another_library():
+    q, k, v = (torch.randn(1, 2, 3, 8) for _ in range(3))
+    number = torch.tensor(0.25).numpy()[()]
+    found = scaled_dot_product_attention(q, k, v, scale=number)
+    torch.testing.assert_close(found, scaled_dot_product_attention(q, k, v, scale=0.25))
+
+
+def test_causal_by_a_size_that_changes():
+    torch._dynamo.reset()
+    call = torch.compile(
+        lambda q: attention(q, q, q, causal=q.shape[2] > 4), fullgraph=True, dynamic=True, backend="eager"
+    )
+    for length in (5, 7, 3):
+        q = torch.randn(1, 2, length, 8)
+        torch.testing.assert_close(call(q), attention(q, q, q, causal=length > 4))
+
+
 @pytest.mark.parametrize("size", [3, 600])
 def test_keys_and_values_of_two_lengths(size):
     """torch's own kernel reads past the end of the shorter."""

@@ -128,6 +128,21 @@ def test_band_is_a_mask(causal, window, L, S):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize(
+    ("query", "others"), [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str
+)
+def test_options_in_another_dtype(query, others):
+    case = make_case(torch.float64, alibi=2)
+    t = case.tensors._replace(bias=torch.randn(6, 6)[:1, :1].double(), sinks=torch.arange(4.0).double())
+    want = spec.attention(*t, *case.options)[0]
+    q, k, v = (x.to(query) for x in t[:3])
+    t = t._replace(query=q, key=k, value=v, bias=t.bias.to(others), sinks=t.sinks.to(others))
+    t = t._replace(alibi_slopes=t.alibi_slopes.to(others))
+    output, lse, _ = spec.attention(*t, *case.options)
+    assert (output.dtype, lse.dtype) == (query, query)
+    torch.testing.assert_close(output.double(), want, rtol=1e-5, atol=1e-6)
+
+
 def test_alibi_is_a_bias():
     case = make_case(torch.float64, alibi=2)
     distance = (torch.arange(7) - torch.arange(5)[:, None] - 2).abs()

@@ -164,6 +164,15 @@ def test_a_hint_that_is_no_causal_mask_is_not_believed_where_torch_reads_the_mas
     torch.testing.assert_close(ours(x, x, x, **options)[0], theirs(x, x, x, **options)[0])
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_no_hint_may_be_none(training):
+    theirs, ours = pair()
+    x = torch.randn(L, B, E)
+    found = (m.train(training)(x, x, x, is_causal=None) for m in (ours, theirs))
+    torch.testing.assert_close(*(output for output, _ in found))
+    ours(x, x, x, is_causal=None, need_weights=False)  # torch: not where it trains
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_causal_mask_that_is_learned_gets_its_gradient_where_torch_reads_the_mask(weights):
     modules = pair(torch.float64, batch_first=True)

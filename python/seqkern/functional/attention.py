@@ -1,5 +1,7 @@
 """Attention as pure functions of tensors: torch's own door, and a wide one with every option."""
 
+from numbers import Real
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +30,9 @@ Window = int | tuple[int | None, int | None] | None
 
 def _diagonal(causal: bool | str, window: Window) -> tuple[int, int, bool]:
     """window_left, window_right and bottom_right of the op; -1 for no limit."""
-    if causal not in (False, True, "top-left", "bottom-right"):
+    if isinstance(causal, bool | torch.SymBool):
+        causal = "top-left" if causal else False  # known from here on, also to a compiler
+    elif causal not in (False, True, "top-left", "bottom-right"):
         raise ValueError(
             f"attention: causal is {causal!r}, expected False, True, 'top-left' or 'bottom-right'"
         )
@@ -81,7 +85,7 @@ def _torch(t: Tensors, o: Options) -> Tensor:
     """torch's kernel, with what it does not know by name expressed as its mask."""
     q, k, v = t.query, t.key, t.value
     L, S = q.shape[2], k.shape[2]
-    gqa = q.shape[1] != k.shape[1]
+    gqa = bool(q.shape[1] != k.shape[1])  # of what torch.onnx.export traces, a tensor
     offset = S - L if o.bottom_right else 0
     left, right = o.window_left, o.window_right
     plain = t.mask is None and t.bias is None and t.alibi_slopes is None and left < 0
@@ -307,9 +311,15 @@ def attention(
 
 
 def _beyond(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, gqa: bool, dropout_p: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, gqa: bool, dropout_p: float, scale
 ) -> str:
     """Why only torch's kernel knows what to do with these arguments, which may be to raise; empty if they are plain."""
+    if not all(isinstance(flag, bool | torch.SymBool) for flag in (is_causal, gqa)):
+        return "is_causal or enable_gqa is no bool"
+    if isinstance(scale, Tensor) or not (
+        scale is None or isinstance(scale, Real | torch.SymFloat | torch.SymInt)
+    ):
+        return "the scale is no number"
     if any(x is not None and x.is_nested for x in (q, k, v, mask)):
         return "a tensor is nested"
     if any(x.layout != torch.strided for x in (q, k, v)):
@@ -388,7 +398,7 @@ def scaled_dot_product_attention(
     if not all(isinstance(x, Tensor) for x in given):
         return by_torch()
     q, k, v = _autocast(query, key, value)
-    beyond = _beyond(q, k, v, attn_mask, is_causal, enable_gqa, dropout_p)
+    beyond = _beyond(q, k, v, attn_mask, is_causal, enable_gqa, dropout_p, scale)
     o = Options(0.0)
     t = Tensors(q, k, v)
     if not beyond:

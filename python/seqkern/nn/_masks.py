@@ -134,6 +134,7 @@ def seen(
         sizes: B, H, L, S.
     """
     B, H, L, S = sizes
+    is_causal = bool(is_causal)  # which torch takes as None, too
     if is_causal and attn_mask is None:
         raise RuntimeError(
             "MultiheadAttention: is_causal is given without attn_mask, which it only describes; give the causal "

@@ -76,7 +76,7 @@ def _wide(t: Tensor) -> Tensor:
 
 def _per_head(slopes: Tensor) -> Tensor:
     """[Hq] or [B, Hq] -> [1 or B, Hq, 1, 1]."""
-    return _wide(slopes)[..., None, None] if slopes.dim() == 2 else _wide(slopes)[None, :, None, None]
+    return slopes[..., None, None] if slopes.dim() == 2 else slopes[None, :, None, None]
 
 
 class _Rows(NamedTuple):
@@ -134,12 +134,12 @@ def _rows(t: Tensors, o: Options, batch: Tensor) -> _Rows:
         t_s = torch.tanh(s / o.softcap)
         s, slope_of_cap = o.softcap * t_s, 1 - t_s.square()
     if t.bias is not None:
-        s = s + _wide(t.bias)
+        s = s + t.bias.to(s.dtype)
     if t.alibi_slopes is not None:
-        s = s - _per_head(t.alibi_slopes) * distance.abs()
+        s = s - _per_head(t.alibi_slopes.to(s.dtype)) * distance.abs()
     if visible is not None:
         s = torch.where(visible, s, -torch.inf)
-    sink = None if t.sinks is None else _wide(t.sinks)[None, :, None, None]
+    sink = None if t.sinks is None else t.sinks.to(s.dtype)[None, :, None, None]
     # The result does not depend on the shift, so no gradient flows through it.
     shift = s.detach().amax(dim=-1, keepdim=True) if S else torch.full_like(q[..., :1].detach(), -torch.inf)
     if sink is not None:
