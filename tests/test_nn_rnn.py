@@ -341,3 +341,25 @@ def test_autocast_where_torchs_lstm_has_no_kernel(form, dtype, monkeypatch):
     assert all(torch.equal(a, b) and a.dtype is dtype for a, b in zip(got, want, strict=True))
     got[0].sum().backward()
     assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in ours.parameters())
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU"])
+def test_an_output_with_the_batch_first_may_be_written_to(run_on, kind):
+    """torch's are no views there, of which some may not be written to."""
+    ours = getattr(seqkern.nn, kind)(3, 4, batch_first=True)
+    more = torch.ones(4, requires_grad=True)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            output, _ = ours(torch.randn(2, 5, 3))
+        output += more
+        (found,) = torch.autograd.grad(output.sum(), more)
+        assert torch.equal(found, torch.full((4,), 10.0))
+        with torch.set_grad_enabled(grad):
+            ours(torch.randn(2, 5, 3))[0].detach_()
+
+
+def test_torchs_lesser_methods():
+    for kind, hx in (("LSTM", (torch.zeros(1, 2, 4),) * 2), ("GRU", torch.zeros(1, 2, 4))):
+        theirs, ours = (getattr(each, kind)(3, 4) for each in (torch.nn, seqkern.nn))
+        ours.check_forward_args(torch.zeros(5, 2, 3), hx, None)
+        assert all(hasattr(ours, name) for name in dir(theirs))

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import seqkern
 from seqkern.ops import _library, _linear_backends
@@ -324,11 +325,73 @@ TRACED = {
 def test_a_trace_can_be_saved(name, grad):
     module, x = TRACED[name][0](), torch.randn(TRACED[name][1])
     with torch.set_grad_enabled(grad):
-        traced, file = torch.jit.trace(module, (x,), check_trace=False), io.BytesIO()
+        traced, file = torch.jit.trace(module, (x,)), io.BytesIO()
         torch.jit.save(traced, file)
         file.seek(0)
         x = torch.randn_like(x)
         torch.testing.assert_close(torch.jit.load(file)(x), module(x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", ["trace", "trace with a gradient", "export", "make_fx"])
+@pytest.mark.parametrize("name", TRACED)
+def test_a_graph_made_without_gradients_can_be_trained(name, how):
+    module, x = TRACED[name][0](), torch.randn(TRACED[name][1])
+    with torch.set_grad_enabled("with" in how):
+        if how == "export":
+            graph = torch.export.export(module, (x,)).module()
+        elif how == "make_fx":
+            graph = make_fx(module)(x)
+        else:
+            graph = torch.jit.trace(module, (x,))
+    given = [x.clone().requires_grad_() for _ in range(2)]
+    found = [torch.autograd.grad(first(f(y)).square().sum(), y) for f, y in zip((graph, module), given)]
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's older exporter, many
+@pytest.mark.parametrize("name", [*TRACED, "TransformerDecoderLayer"])
+def test_onnx_gets_torchs_operators(name):
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    if name in TRACED:
+        module, inputs = TRACED[name][0]().eval(), (torch.randn(TRACED[name][1]),)
+    else:
+        module, inputs = seqkern.nn.TransformerDecoderLayer(8, 2, 16).eval(), (torch.randn(5, 2, 8),) * 2
+    file = io.BytesIO()
+    torch.onnx.export(module, inputs, file, dynamo=False)
+    session = ort.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    feeds = {each.name: x.numpy() for each, x in zip(session.get_inputs(), inputs)}
+    with torch.no_grad():
+        close(torch.from_numpy(session.run(None, feeds)[0]), first(module(*inputs)), 1e-4, 1e-5)
+
+
+class OfMany(torch.nn.Module):
+    """Every module that is swapped, called as people call them."""
+
+    def __init__(self):
+        super().__init__()
+        nn = torch.nn
+        self.lstm, self.gru, self.cell = nn.LSTM(8, 8, batch_first=True), nn.GRU(8, 8), nn.GRUCell(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+        self.layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
+        self.whole = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
+
+    def forward(self, x):
+        x = self.gru(self.lstm(x)[0])[0]
+        x, _ = self.attention(x, key=x, value=x)
+        x = self.layer(self.encoder(src=x), memory=x)
+        return self.cell(self.whole(x, tgt=x)[:, 0])
+
+
+def test_fx_takes_modules_as_torchs():
+    model = OfMany().eval()
+    want = torch.fx.symbolic_trace(model)
+    graph = torch.fx.symbolic_trace(seqkern.accelerate(model))
+    assert [(n.op, n.target) for n in graph.graph.nodes] == [(n.op, n.target) for n in want.graph.nodes]
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(graph(x), model(x))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch's own looking

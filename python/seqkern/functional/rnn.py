@@ -22,9 +22,11 @@ Weights = tuple[Tensor | None, ...]  # w_ih, w_hh, b_ih, b_hh, w_hr of one direc
 
 
 def _call_op(tensors: Weights, cell: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op, which keeps what a backward needs where a gradient is needed."""
-    run = _forward if _backend.is_looked_on() else direct_rnn
-    return run(*tensors, cell, _backend.needs_grad(tensors))
+    """The op, which keeps what a backward needs where a gradient is needed. In torch.jit.trace, whose check compares
+    the graph with one made without gradients, it keeps nothing: a backward through a trace computes it anew."""
+    if not _backend.is_looked_on():
+        return direct_rnn(*tensors, cell, _backend.needs_grad(tensors))
+    return _forward(*tensors, cell, _backend.expects_grad(tensors))
 
 
 def _name(backend: str | None, op: str, tensors: Weights, packed: bool = False) -> str:
@@ -318,8 +320,16 @@ def _layers(
     if unbatched:
         return output.squeeze(1), h_n.squeeze(1), None if c_n is None else c_n.squeeze(1)
     if batch_first and batch_sizes is None:
-        output = output.transpose(0, 1)
+        output = _batch_first(cell, output)
     return output, h_n, c_n
+
+
+def _batch_first(cell: str, output: Tensor) -> Tensor:
+    """[T, B, ..] as [B, T, ..]: of an LSTM a view, which nobody may write to in some circumstances, of the others the
+    tensor itself, as torch gives them."""
+    if cell == "lstm" or torch.compiler.is_compiling() or _backend.in_transform() or output._is_view():
+        return output.transpose(0, 1)
+    return output.transpose_(0, 1)
 
 
 def lstm(

@@ -1,10 +1,28 @@
 """What the modules of torch.nn that a transformer is made of do, and whether it may be done elsewhere."""
 
 from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx import Proxy
+
+
+def leaf_of_fx(forward: Callable) -> Callable:
+    """A module's forward that torch.fx's symbolic tracer records as a call of the module, which is how it takes the
+    modules of torch.nn: by where their class was written."""
+
+    @wraps(forward)
+    def run(self: nn.Module, *args, **kwargs):
+        first: Any = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(first, Proxy):
+            tracer = first.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)  # type: ignore[attr-defined]
+        return forward(self, *args, **kwargs)
+
+    return run
 
 
 def changed(module: nn.Module) -> bool:

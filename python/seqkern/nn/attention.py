@@ -7,6 +7,7 @@ from torch import Tensor
 
 from seqkern.functional import attention, linear
 from seqkern.nn import _masks, _nested
+from seqkern.nn._modules import leaf_of_fx
 from seqkern.nn.cache import KVCache
 
 
@@ -46,6 +47,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     (torch.Size([3, 5, 8]), torch.Size([3, 5, 5]))
     """
 
+    @leaf_of_fx
     def forward(
         self,
         query: Tensor,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from seqkern import functional as F
+from seqkern.nn._modules import leaf_of_fx
 
 
 def _weights(cell: torch.nn.RNNCellBase) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -31,6 +32,7 @@ class RNNCell(torch.nn.RNNCell):
     torch.Size([2, 4])
     """
 
+    @leaf_of_fx
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}, expected 'tanh' or 'relu'")
@@ -57,6 +59,7 @@ class LSTMCell(torch.nn.LSTMCell):
     (torch.Size([2, 4]), torch.Size([2, 4]))
     """
 
+    @leaf_of_fx
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         return F.lstm_cell(input, hx, *_weights(self))
 
@@ -80,5 +83,6 @@ class GRUCell(torch.nn.GRUCell):
     torch.Size([4])
     """
 
+    @leaf_of_fx
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         return F.gru_cell(input, hx, *_weights(self))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkern import functional as F
+from seqkern.nn._modules import leaf_of_fx
 
 
 def _permuted(state: Any, order: Tensor | None) -> Any:
@@ -88,6 +89,7 @@ class RNN(_Layers):
         self.nonlinearity = nonlinearity
         super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
 
+    @leaf_of_fx
     def forward(self, input, hx: Tensor | None = None):
         return self._run(F.rnn, input, hx, nonlinearity="tanh" if self.mode == "RNN_TANH" else "relu")
 
@@ -119,6 +121,11 @@ class LSTM(_Layers):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+    @leaf_of_fx
     def forward(self, input, hx: tuple[Tensor, Tensor] | None = None):
         return self._run(F.lstm, input, hx)
 
@@ -150,5 +157,6 @@ class GRU(_Layers):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
 
+    @leaf_of_fx
     def forward(self, input, hx: Tensor | None = None):
         return self._run(F.gru, input, hx)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from seqkern.functional import linear
 from seqkern.nn import _masks
-from seqkern.nn._modules import activation_name, unheard
+from seqkern.nn._modules import activation_name, leaf_of_fx, unheard
 from seqkern.nn._whole import Hidden, Memory, in_few_calls
 from seqkern.nn.attention import MultiheadAttention
 from seqkern.nn.cache import KVCache
@@ -89,6 +89,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         super().__init__(*args, **kwargs)
         _adopt(self)
 
+    @leaf_of_fx
     def forward(
         self,
         src: Tensor,
@@ -148,6 +149,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         super().__init__(*args, **kwargs)
         _adopt(self)
 
+    @leaf_of_fx
     def forward(
         self,
         tgt: Tensor,
@@ -225,6 +227,7 @@ class TransformerEncoder(nn.TransformerEncoder):
     torch.Size([3, 5, 8])
     """
 
+    @leaf_of_fx
     def forward(
         self,
         src: Tensor,
@@ -334,6 +337,7 @@ class TransformerDecoder(nn.TransformerDecoder):
     torch.Size([3, 5, 8])
     """
 
+    @leaf_of_fx
     def forward(
         self,
         tgt: Tensor,
@@ -485,6 +489,8 @@ class Transformer(nn.Transformer):
         for name in ("encoder", "decoder"):
             if given.get(f"custom_{name}") is None:
                 _adopt(getattr(self, name))
+
+    forward = leaf_of_fx(nn.Transformer.forward)
 
 
 _PARTS = (TransformerEncoderLayer, TransformerDecoderLayer, TransformerEncoder, TransformerDecoder)

@@ -12,6 +12,7 @@ cuda      the compiled CUDA kernels of this package (none yet)
 import importlib.util
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ TRITON_OPS = frozenset(
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BY_OPS = frozenset(("cpu", "triton", "cuda"))  # those that run as the ops of this package
 
+ONNX_KNOWS = "an ONNX export knows torch's own operators only"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU, slowly, for tests
 
 _native = _library.native()
@@ -149,6 +151,16 @@ def in_transform() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
+def in_trace() -> bool:
+    """Whether torch.jit.trace records what is called."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+def goes_to_onnx() -> bool:
+    """Whether a trace becomes an ONNX model, which knows torch's own operators only."""
+    return "torch.onnx" in sys.modules and in_trace() and torch.onnx.is_in_onnx_export()
+
+
 def is_looked_on() -> bool:
     """Whether something follows what is done with tensors: a compiler, a trace, a transform, forward AD, a mode of
     dispatch."""
@@ -179,7 +191,7 @@ def serves_cpu(tensors: tuple[Tensor | None, ...]) -> bool:
     for t in tensors:
         if t is not None and (t.dtype is not dtype or not t.is_cpu or not (compiling or type(t) in PLAIN)):
             return False
-    return not (torch._C._is_any_autocast_enabled() or in_transform())  # type: ignore[attr-defined]
+    return not (torch._C._is_any_autocast_enabled() or in_transform() or goes_to_onnx())  # type: ignore[attr-defined]
 
 
 def _decline_cpu(call: Call) -> str | None:
@@ -207,7 +219,7 @@ def _unfit(call: Call, devices: tuple[str, ...], dtypes) -> str | None:
         return "autocast is on, whose casts are torch's own"
     if in_transform():
         return "a function transform or forward-mode differentiation is active"
-    return None
+    return ONNX_KNOWS if goes_to_onnx() else None
 
 
 def _too_old(index: int) -> str:
@@ -247,8 +259,11 @@ def declines(name: str, call: Call) -> str | None:
     """Why a backend cannot serve a call, or None if it can."""
     if call.wanted is not None:
         reason = _attention_backends.declines(name, call.tensors, call.wanted)  # type: ignore[arg-type]
-        transformed = name in ("cpu", "triton", "cuda") and not reason and in_transform()
-        return "a function transform or forward-mode differentiation is active" if transformed else reason
+        if reason or name not in BY_OPS:
+            return reason
+        if in_transform():
+            return "a function transform or forward-mode differentiation is active"
+        return ONNX_KNOWS if goes_to_onnx() else None
     if name == "cpu":
         return _decline_cpu(call)
     if name == "triton":
@@ -264,6 +279,11 @@ def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)  # type: ignore[attr-defined]
 
 
+def expects_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """`needs_grad`, for what changes no result; False in a trace, which is checked against one without gradients."""
+    return not in_trace() and needs_grad(tensors)
+
+
 def torch_outruns(op: str, tensors: Sequence[Tensor | None]) -> str | None:
     """Why torch's kernel is known to be faster on a CPU than ours, which then stand aside unless forced.
 
@@ -275,7 +295,7 @@ def torch_outruns(op: str, tensors: Sequence[Tensor | None]) -> str | None:
         return None
     input, hx, cx = tensors[:3]
     assert input is not None and hx is not None
-    grad = needs_grad(tensors)
+    grad = expects_grad(tensors)
     if op.endswith("_cell"):
         if not grad:
             return None
@@ -300,7 +320,7 @@ def _linear_outruns(tensors: Sequence[Tensor | None]) -> str | None:
     if torch.compiler.is_compiling():
         return "a linear layer that a compiler fuses"
     rows = input.numel() // max(1, weight.size(1))
-    return _linear_backends.torch_outruns(rows, weight, needs_grad(tensors))
+    return _linear_backends.torch_outruns(rows, weight, expects_grad(tensors))
 
 
 def _cpu_avoids(call: Call) -> str | None:

@@ -134,12 +134,10 @@ def _forward_backward(ctx, grad_output, grad_h_n, grad_c_n, _):
     none: tuple[None, ...] = (None,) * len(TENSORS)
     if grad_output is None and grad_h_n is None and grad_c_n is None:
         return (*none, None, None)
-    if not ctx.save:
-        raise RuntimeError(
-            "seqkern::rnn_forward was called with save=False, so it kept nothing for its backward; "
-            "call it with save=True where a gradient is needed"
-        )
     output, reserve, *tensors = ctx.saved_tensors
+    if not ctx.save:  # a graph made without gradients, through which one goes now
+        with torch.no_grad():
+            reserve = torch.ops.seqkern.rnn_forward(*tensors, ctx.cell, True)[3]
 
     def zeros(grad, shape):
         return output.new_zeros(()).expand(shape) if grad is None else grad
