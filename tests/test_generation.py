@@ -320,16 +320,36 @@ def test_a_stack_that_changes_between_steps():
         stack.step(x[:, 1:], cache)
     stack.eval()
     last = stack.layers.pop(1)
-    with pytest.raises(ValueError, match="positions of 2 layers and the stack has 1"):
+    with pytest.raises(ValueError, match="holds what 2 layers made and the stack has 1"):
         stack.step(x[:, 1:], cache)
     stack.layers.append(last)
     stack.double()
-    with pytest.raises(RuntimeError, match=r"it holds torch\.float32, and .* torch\.float64"):
-        stack.step(x[:, 1:].double(), cache)
+    for count in (1, 2):  # in one call and by parts
+        with pytest.raises(RuntimeError, match=r"it holds torch\.float32, and .* torch\.float64"):
+            stack.step(x[:, 1 : 1 + count].double(), cache)
     stack.float()
     assert cache.length == 1
     want = stack.step(x, KVCache())[:, 1:]
     torch.testing.assert_close(stack.step(x[:, 1:], cache), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_that_changes_behind_a_memory():
+    _, ours, _ = made("Decoder", batch_first=True)
+    x, memory, cache = torch.randn(2, 1, E), torch.randn(2, S, E), KVCache()
+    ours.step(x, memory, cache)
+    cache.truncate(0)
+    del ours.layers[0]
+    with pytest.raises(ValueError, match="clear the cache"):
+        ours.step(x, None, cache)
+
+
+def test_a_cache_of_wide_numbers_goes_on_under_autocast():
+    stack, cache = small()
+    x = torch.randn(2, 3, E)
+    stack.step(x[:, :1], cache)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = stack.step(x[:, 1:], cache)
+    torch.testing.assert_close(found, stack.step(x, KVCache())[:, 1:], rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e300, torch.inf])

@@ -223,6 +223,15 @@ def test_what_a_decoder_layer_leaves_to_its_modules():
         _, layer = layers(kind="Decoder")
         change(layer)
         assert whole_decoder(layer, x, memory) is None
+    _, layer = layers()
+    layer.norm3 = nn.LayerNorm(E)  # which nobody calls
+    got = whole(layer, x)
+    del layer.norm3
+    assert torch.equal(got, whole(layer, x))
+    _, layer = layers(kind="Decoder")
+    del layer.multihead_attn
+    with pytest.raises(AttributeError):
+        layer(x, memory)
     _, layer = layers(kind="Decoder")
     layer.multihead_attn = seqkern.nn.MultiheadAttention(E, 2).eval()  # of other heads
     torch.testing.assert_close(
@@ -233,7 +242,8 @@ def test_what_a_decoder_layer_leaves_to_its_modules():
 @torch.no_grad()
 def test_wrong_masks_of_a_decoder_layer_are_told_before_anything_is_computed(monkeypatch):
     _, layer = layers(kind="Decoder")
-    monkeypatch.setattr(_layer, "in_few_calls", lambda *_: pytest.fail("computed"))
+    for owner, name in ((_layer, "in_few_calls"), (seqkern.nn.MultiheadAttention, "forward")):
+        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("computed"))
     x, memory = torch.randn(L, B, E), torch.randn(S, B, E)
     for masks, kind in (
         ({"memory_mask": CROSS.T}, RuntimeError),

@@ -347,13 +347,20 @@ def test_autocast_where_torchs_lstm_has_no_kernel(form, dtype, monkeypatch):
 def test_an_output_with_the_batch_first_may_be_written_to(run_on, kind):
     """torch's are no views there, of which some may not be written to."""
     ours = getattr(seqkern.nn, kind)(3, 4, batch_first=True)
-    more = torch.ones(4, requires_grad=True)
+    more, x = torch.ones(4, requires_grad=True), torch.randn(2, 5, 3)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            output, _ = ours(torch.randn(2, 5, 3))
+            output, _ = ours(x)
         output += more
-        (found,) = torch.autograd.grad(output.sum(), more)
+        (found,) = torch.autograd.grad(output.sum(), more, retain_graph=True)
         assert torch.equal(found, torch.full((4,), 10.0))
+        if grad:
+            theirs = getattr(torch.nn, kind)(3, 4, batch_first=True)
+            theirs.load_state_dict(ours.state_dict())
+            (output - more).square().sum().backward()
+            theirs(x)[0].square().sum().backward()
+            for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+                torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
         with torch.set_grad_enabled(grad):
             ours(torch.randn(2, 5, 3))[0].detach_()
 

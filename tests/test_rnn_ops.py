@@ -263,9 +263,12 @@ def test_op_gradgradcheck(cell, form, bidirectional):
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True}, {"form": "packed"}, {"form": "step"}], ids=str
+)
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
-def test_backward_of_a_forward_that_kept_nothing(cell):
-    case = make_case(cell)
+def test_backward_of_a_forward_that_kept_nothing(cell, options):
+    case = make_case(cell, **options)
     found = []
     for save in (True, False):
         tensors = arguments(case, True)

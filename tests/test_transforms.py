@@ -394,6 +394,33 @@ def test_fx_takes_modules_as_torchs():
     assert torch.equal(graph(x), model(x))
 
 
+class Doubled(seqkern.nn.GRU):
+    def forward(self, input, hx=None):
+        return super().forward(2 * input, hx)
+
+
+def test_fx_never_records_half_of_a_call():
+    hooked = seqkern.nn.TransformerEncoderLayer(8, 2, 16)
+    hooked.register_forward_hook(lambda module, args, output: 2 * output)
+    for module in (Doubled(8, 8), hooked):
+        with pytest.raises(Exception, match=r"Proxy|symbolically traced"):
+            torch.fx.symbolic_trace(torch.nn.Sequential(module))
+    with pytest.raises(Exception, match=r"Proxy|symbolically traced"):
+        torch.fx.symbolic_trace(seqkern.nn.GRU(8, 8))  # nothing that it could be a call of
+
+    class Remembers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = seqkern.nn.TransformerDecoderLayer(8, 2, 16).eval()
+            self.start = torch.nn.Parameter(torch.zeros(1, 2, 8))
+
+        def forward(self, memory):
+            return self.layer(torch.zeros(1, 2, 8), memory)
+
+    model, memory = Remembers(), torch.randn(3, 2, 8)
+    assert torch.equal(torch.fx.symbolic_trace(model)(memory), model(memory))
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch's own looking
 @pytest.mark.parametrize("name", TRACED)
 def test_compiled_autograd_follows_the_backwards(name):

@@ -329,7 +329,7 @@ def _batch_first(cell: str, output: Tensor) -> Tensor:
     tensor itself, as torch gives them."""
     if cell == "lstm" or torch.compiler.is_compiling() or _backend.in_transform() or output._is_view():
         return output.transpose(0, 1)
-    return output.transpose_(0, 1)
+    return output.transpose_(0, 1) if output.is_cpu else output.transpose(0, 1)  # cuDNN has saved it
 
 
 def lstm(

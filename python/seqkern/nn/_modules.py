@@ -12,14 +12,18 @@ from torch.fx import Proxy
 
 def leaf_of_fx(forward: Callable) -> Callable:
     """A module's forward that torch.fx's symbolic tracer records as a call of the module, which is how it takes the
-    modules of torch.nn: by where their class was written."""
+    modules of torch.nn: by where their class was written. What else calling it would do, as hooks, has been recorded
+    when it comes here, so only plain ones are."""
 
     @wraps(forward)
     def run(self: nn.Module, *args, **kwargs):
-        first: Any = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(first, Proxy):
-            tracer = first.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)  # type: ignore[attr-defined]
+        for each in (*args, *kwargs.values()):
+            if isinstance(each, Proxy):
+                tracer: Any = each.tracer
+                plain = getattr(type(self), "forward", None) is run and not changed(self)
+                if plain and self is not getattr(tracer, "root", None):
+                    return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+                break
         return forward(self, *args, **kwargs)
 
     return run

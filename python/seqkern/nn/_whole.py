@@ -48,6 +48,9 @@ def in_few_calls(layer: nn.Module, x: Tensor, hidden: Hidden, memory: Memory | N
     if not is_plain(layer, E):
         return None
     own, other = parts["self_attn"], parts.get("multihead_attn")
+    names = ("norm1", "norm2") if memory is None else ("norm1", "norm2", "norm3")
+    if (other is None) != (memory is None) or any(name not in parts for name in names):
+        return None
     first = own.batch_first
     for each in (own,) if other is None else (own, other):
         if changed(each) or each.training or each.embed_dim != E or each._why_no_step():
@@ -55,15 +58,15 @@ def in_few_calls(layer: nn.Module, x: Tensor, hidden: Hidden, memory: Memory | N
         if each.batch_first != first:
             return None
     t: Any = *weights_of_attention(own), *weights_of(parts["linear1"]), *weights_of(parts["linear2"])
-    named = [parts[name] for name in ("norm1", "norm2", "norm3") if name in parts]
+    named = [parts[name] for name in names]
     of_norms: Any = [weights_of(norm) for norm in named]
     of_other: Any = () if other is None else weights_of_attention(other)
     for each in (*t, *of_other, *(w for pair in of_norms for w in pair)):
         if each is not None and type(each) not in _backend.PLAIN:
             return None  # also for text, see weights_of
     attentions = [Attention(t[:2], t[2:4], _to_itself(x, hidden, own.num_heads, first))]
-    if other is not None:
-        if memory is None or not _fits_memory(x, memory.x, first, *of_other[:2]):
+    if other is not None and memory is not None:
+        if not _fits_memory(x, memory.x, first, *of_other[:2]):
             return None
         (w, w_memory), (b, b_memory) = other._in_proj_parts()
         to_memory = _to_memory(x, memory, other.num_heads, first, (w_memory, b_memory))

@@ -13,6 +13,11 @@ SMALLEST = 16
 TO_COME = "a stack to come"
 
 
+def _widens(held: torch.dtype, new: torch.dtype) -> bool:
+    """Whether what autocast made narrower is held without loss; attention makes it narrow again."""
+    return torch._C._is_any_autocast_enabled() and torch.promote_types(held, new) is held  # type: ignore[attr-defined]
+
+
 class KVCache:
     """Keys and values of the positions that a stack of layers has seen, and of the memory it attends to.
 
@@ -97,8 +102,8 @@ class KVCache:
 
     @property
     def layers(self) -> int:
-        """How many layers' positions it holds; 0 before the first call."""
-        return len(self._own) if self._length else 0
+        """Of how many layers it holds positions, or the memory alone; 0 before the first call."""
+        return len(self._own) if self._length else len(self._memory)
 
     @property
     def lengths(self) -> Tensor | None:
@@ -170,17 +175,18 @@ class KVCache:
         """[B, 2, H, capacity, D], a layer's keys and values for as many sequences as ``like`` has; made when new."""
         if layer == len(self._own):
             self._own.append(like.new_empty(like.shape[0], 2, heads, self._capacity, size))
-        return self._own[layer]
+        held = self._own[layer]
+        if held.dtype is not like.dtype and not _widens(held.dtype, like.dtype):
+            raise RuntimeError(
+                f"KVCache: it holds {held.dtype}, and the new keys and values are {like.dtype}; make all steps of a "
+                "cache under one autocast and with parameters of one dtype"
+            )
+        return held
 
     def write(self, layer: int, pair: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, 2, H, n, D] of a layer's new positions -> those of all positions, [B, H, S, D] each."""
         length, wanted = self._length, self._length + pair.shape[3]
         held = self.storage(layer, pair, pair.shape[2], pair.shape[4]).narrow(3, 0, wanted)
-        if held.dtype is not pair.dtype:
-            raise RuntimeError(
-                f"KVCache: it holds {held.dtype}, and the new keys and values are {pair.dtype}; make all steps of a "
-                "cache under one autocast and with parameters of one dtype"
-            )
         held.narrow(3, length, pair.shape[3]).copy_(pair)
         return held.unbind(1)  # type: ignore[return-value]
 

@@ -123,9 +123,9 @@ def advance(
     elif stack.training or any(layer.training for layer in stack.layers):
         _check_stack(stack, "step")
     held = cache.layers
-    if held not in (0, len(stack.layers)):
+    if cache.owner is not None and held not in (0, len(stack.layers)):
         raise ValueError(
-            f"step: the cache holds positions of {held} layers and the stack has {len(stack.layers)}; clear the cache"
+            f"step: the cache holds what {held} layers made and the stack has {len(stack.layers)}; clear the cache"
         )
     attention = stack.layers[0].self_attn
     first = 0 if attention.batch_first else 1
