@@ -17,7 +17,7 @@ def leaf_of_fx(forward: Callable) -> Callable:
 
     @wraps(forward)
     def run(self: nn.Module, *args, **kwargs):
-        for each in (*args, *kwargs.values()):
+        for each in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(each, Proxy):
                 tracer: Any = each.tracer
                 plain = getattr(type(self), "forward", None) is run and not changed(self)
