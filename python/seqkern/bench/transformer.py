@@ -1,5 +1,6 @@
 """The suite ``transformer``: whole stacks of torch.nn, encoding, training and decoding."""
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +15,28 @@ DECODER, GENERATION = "decoder", "generation"
 
 
 @dataclass(frozen=True)
-class EncoderRow(Row):
-    """torch.nn.TransformerEncoder on ``[B, L, E]``, without dropout, which could not be compared."""
+class StackRow(Row):
+    """A stack of layers, whose products and attentions grow differently in training."""
 
     suite = "transformer"
+
+    def rivals(self, mode: str) -> frozenset[str]:
+        return frozenset({TORCH})
+
+    @abstractmethod
+    def _flop(self, linear: float, attention: float) -> float:
+        """Multiplications and additions, of each kind so many times those of a forward."""
+
+    def forward_flop(self) -> float:
+        return self._flop(1, 1)
+
+    def flop(self, mode: str) -> float:
+        return self._flop(TRAINING_FLOP, ATTENTION_TRAINING_FLOP) if mode == TRAINING else self._flop(1, 1)
+
+
+@dataclass(frozen=True)
+class EncoderRow(StackRow):
+    """torch.nn.TransformerEncoder on ``[B, L, E]``, without dropout, which could not be compared."""
 
     mode: str
     B: int
@@ -41,21 +60,12 @@ class EncoderRow(Row):
             x = torch.randn(self.B, self.L, self.E).to(self.torch_dtype)
         return model, (x,)
 
-    def rivals(self, mode: str) -> frozenset[str]:
-        return frozenset({TORCH})
-
     def depth(self) -> int:
         return self.layers
 
     def _flop(self, linear: float, attention: float) -> float:
         per_token = linear * 2.0 * (4 * self.E**2 + 2 * self.E * self.ff) + attention * 4.0 * self.L * self.E
         return per_token * self.layers * self.B * self.L
-
-    def forward_flop(self) -> float:
-        return self._flop(1, 1)
-
-    def flop(self, mode: str) -> float:
-        return self._flop(TRAINING_FLOP, ATTENTION_TRAINING_FLOP) if mode == TRAINING else self._flop(1, 1)
 
     def target(self, mode: str) -> Target | None:
         if self.group == BF16:
@@ -76,10 +86,8 @@ class Causal(nn.Module):
 
 
 @dataclass(frozen=True)
-class DecoderRow(Row):
+class DecoderRow(StackRow):
     """torch.nn.TransformerDecoder on ``[B, L, E]`` with a causal mask and a memory ``[B, S, E]``, without dropout."""
-
-    suite = "transformer"
 
     B: int
     L: int
@@ -97,9 +105,6 @@ class DecoderRow(Row):
             x, memory = (torch.randn(self.B, n, self.E).to(self.torch_dtype) for n in (self.L, self.S))
         return model, (x, memory)
 
-    def rivals(self, mode: str) -> frozenset[str]:
-        return frozenset({TORCH})
-
     def depth(self) -> int:
         return self.layers
 
@@ -107,12 +112,6 @@ class DecoderRow(Row):
         products = self.L * (6 * self.E**2 + 2 * self.E * self.ff) + self.S * 2 * self.E**2
         pairs = self.L * (self.L / 2 + self.S)
         return (linear * 2.0 * products + attention * 4.0 * self.E * pairs) * self.layers * self.B
-
-    def forward_flop(self) -> float:
-        return self._flop(1, 1)
-
-    def flop(self, mode: str) -> float:
-        return self._flop(TRAINING_FLOP, ATTENTION_TRAINING_FLOP) if mode == TRAINING else self._flop(1, 1)
 
     def target(self, mode: str) -> Target | None:
         return Target(1.0, TORCH)
