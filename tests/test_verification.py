@@ -67,3 +67,18 @@ def test_a_wrong_kernel_raises(monkeypatch):
 def test_no_floating_output():
     with pytest.raises(ValueError, match="returned none"):
         seqkern.verify(nn.Flatten(), torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_outputs_of_nan_are_no_success():
+    """Nothing that is NaN in torch can be compared, and a model that gives nothing else was not verified."""
+    model = nn.LSTM(3, 4)
+    with pytest.raises(ValueError, match="outputs have none in torch: look for NaN"):
+        seqkern.verify(model, torch.full((5, 2, 3), torch.nan))
+    result = seqkern.verify(model, torch.randn(5, 2, 3).index_fill_(1, torch.tensor([1]), torch.nan))
+    assert result.ok
+    assert "output[0]: 20 of 40 numbers are not finite in torch or in float64" in str(result)
+    assert "d weight_ih_l0: 48 of 48 numbers are not finite" in str(result)
+
+
+def test_no_numbers_are_a_success():
+    assert seqkern.verify(nn.LSTM(3, 4, batch_first=True), torch.randn(0, 5, 3)).ok

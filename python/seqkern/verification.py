@@ -46,6 +46,8 @@ class Row(NamedTuple):
     seqkern: float
     allowed: float  #: 2 * torch + 4 eps of the dtype
     dtype: Dtype
+    numbers: int  #: how many it has
+    compared: int  #: how many of them are finite in torch and in float64
 
     @property
     def ok(self) -> bool:
@@ -74,6 +76,12 @@ class Verification:
             found.append("nothing was accelerated, so both columns are torch's")
         found += [
             f"{row.name or '(itself)'} was left alone: {row.reason}" for row in self.swaps if not row.after
+        ]
+        found += [
+            f"{row.name}: {row.numbers - row.compared} of {row.numbers} numbers are not finite in torch or in "
+            "float64 and were not compared"
+            for row in self.rows
+            if row.compared < row.numbers
         ]
         return found
 
@@ -191,7 +199,8 @@ def _compare(name: str, wide: Tensor, theirs: Tensor, ours: Tensor) -> Row:
     error = relative_rms(theirs[common], wide[common])
     own = relative_rms(ours[common], wide[common])
     own = own if own == own else float("inf")
-    return Row(name, error, own, tolerance(theirs.dtype, error), theirs.dtype)
+    allowed = tolerance(theirs.dtype, error)
+    return Row(name, error, own, allowed, theirs.dtype, common.numel(), int(common.sum()))
 
 
 def verify(model: nn.Module, *inputs: Any) -> Verification:
@@ -213,7 +222,7 @@ def verify(model: nn.Module, *inputs: Any) -> Verification:
     Raises:
         VerificationError: a tensor of ours is farther from float64 than 2 times torch's distance + 4 eps.
         TypeError: ``model`` is not a module.
-        ValueError: the model returns no floating-point tensor.
+        ValueError: the model returns no floating-point tensor, or in torch not one finite number.
         RuntimeError: the model does not run in float64.
 
     >>> import torch, seqkern
@@ -240,6 +249,12 @@ def verify(model: nn.Module, *inputs: Any) -> Verification:
             f"verify got other outputs or gradients from one run than from another: {', '.join(odd)}"
         )
     rows = [_compare(name, reference[name], theirs[name], ours[name]) for name in theirs]
+    outputs = [row for row in rows if row.name.startswith("output")]
+    if any(row.numbers for row in outputs) and not any(row.compared for row in outputs):
+        raise ValueError(
+            "verify compares finite numbers, and the model's outputs have none in torch: look for NaN or inf in "
+            "the inputs and parameters"
+        )
     result = Verification(rows, dropout, swaps(fast), explain(fast, *inputs))
     if not result.ok:
         bad = max((row for row in rows if not row.ok), key=lambda row: row.seqkern / row.allowed)
