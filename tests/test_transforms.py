@@ -349,21 +349,46 @@ def test_a_graph_made_without_gradients_can_be_trained(name, how):
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch's older exporter, many
-@pytest.mark.parametrize("name", [*TRACED, "TransformerDecoderLayer"])
-def test_onnx_gets_torchs_operators(name):
+def exported(module, inputs, **options):
+    """The ONNX model of a module, as a function of the same inputs in ONNX Runtime."""
     ort = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript" if options["dynamo"] else "onnx")
+    file = io.BytesIO()
+    torch.onnx.export(module, inputs, file, **options)
+    session = ort.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+
+    def run(*inputs):
+        feeds = {each.name: x.numpy() for each, x in zip(session.get_inputs(), inputs)}
+        return torch.from_numpy(session.run(None, feeds)[0])
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's exporters, many
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("name", [*TRACED, "TransformerDecoderLayer"])
+def test_onnx_gets_torchs_operators(name, dynamo):
     if name in TRACED:
         module, inputs = TRACED[name][0]().eval(), (torch.randn(TRACED[name][1]),)
     else:
         module, inputs = seqkern.nn.TransformerDecoderLayer(8, 2, 16).eval(), (torch.randn(5, 2, 8),) * 2
-    file = io.BytesIO()
-    torch.onnx.export(module, inputs, file, dynamo=False)
-    session = ort.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    feeds = {each.name: x.numpy() for each, x in zip(session.get_inputs(), inputs)}
     with torch.no_grad():
-        close(torch.from_numpy(session.run(None, feeds)[0]), first(module(*inputs)), 1e-4, 1e-5)
+        close(exported(module, inputs, dynamo=dynamo)(*inputs), first(module(*inputs)), 1e-4, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "TransformerEncoder"])
+def test_onnx_with_a_batch_of_any_size(name):
+    if name == "TransformerEncoder":
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        module = seqkern.accelerate(torch.nn.TransformerEncoder(layer, 2)).eval()
+    else:
+        module = getattr(seqkern.nn, name)(8, 8, 2, batch_first=True, bidirectional=True)
+    sizes = ({0: torch.export.Dim("batch")},)
+    run = exported(module, (torch.randn(3, 5, 8),), dynamo=True, dynamic_shapes=sizes)
+    x = torch.randn(7, 5, 8)
+    with torch.no_grad():
+        close(run(x), first(module(x)), 1e-4, 1e-5)
 
 
 class OfMany(torch.nn.Module):

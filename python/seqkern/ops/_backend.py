@@ -157,8 +157,11 @@ def in_trace() -> bool:
 
 
 def goes_to_onnx() -> bool:
-    """Whether a trace becomes an ONNX model, which knows torch's own operators only."""
-    return "torch.onnx" in sys.modules and in_trace() and torch.onnx.is_in_onnx_export()
+    """Whether a trace or an exported graph becomes an ONNX model, which knows torch's own operators only."""
+    if "torch.onnx" not in sys.modules:
+        return False
+    graph = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return graph and torch.onnx.is_in_onnx_export()
 
 
 def is_looked_on() -> bool:
@@ -337,7 +340,7 @@ def _torch_avoids(call: Call) -> str | None:
         return None
     if in_transform():
         return "a function transform or forward-mode differentiation is active, which not all of torch's kernels know"
-    if torch.compiler.is_compiling() and call.op == "lstm" and input.is_cpu:
+    if torch.compiler.is_compiling() and call.op == "lstm" and input.is_cpu and not goes_to_onnx():
         return "torch.compile cannot differentiate the oneDNN kernel behind torch's LSTM"
     return None
 
