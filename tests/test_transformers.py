@@ -273,9 +273,44 @@ def test_prefill_in_pieces_then_steps(name, how, static):
     assert_same(found[1], found[0])
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "gemma2", "gpt_oss"])
+# Whose modules say of themselves other than what their masks say: causal, or not.
+BELIED = {
+    "nllb_moe": Family(
+        "NllbMoeForConditionalGeneration",
+        "NllbMoeConfig",
+        {**TWO_STACKS, "num_experts": 2, "encoder_sparse_step": 0, "decoder_sparse_step": 0},
+        inputs="pairs",
+    ),
+    "pegasus_x": Family("PegasusXForConditionalGeneration", "PegasusXConfig", TWO_STACKS, inputs="pairs"),
+    "gemma": Family(
+        "GemmaForCausalLM", "GemmaConfig", {**GROUPED, "head_dim": 8, "use_bidirectional_attention": True}
+    ),
+    "splinter": Family("SplinterModel", "SplinterConfig", SIZES),
+    "align": Family("AlignTextModel", "AlignTextConfig", {**SIZES, "pad_token_id": 0}),
+    "clap": Family("ClapTextModel", "ClapTextConfig", {**SIZES, "pad_token_id": 0}),
+}
+
+
+@pytest.mark.parametrize("how", ["plain", "all seen", "padded"])
+@pytest.mark.parametrize("name", BELIED)
+def test_what_a_module_says_of_itself_does_not_count(name, how):
+    eager, ours = pair(BELIED[name])
+    inputs = inputs_of(BELIED[name]) | padded(BELIED[name], how)
+    keep = left_padded().bool() if how == "padded" else slice(None)
+    if how == "all seen":
+        inputs["attention_mask"] = torch.ones(2, LENGTH, dtype=torch.long)
+    if BELIED[name].inputs == "pairs":
+        inputs["decoder_input_ids"], keep = ids(2, LENGTH), slice(None)
+    assert_same(result(ours, **inputs)[keep], result(eager, **inputs)[keep])
+
+
+# GPT-2 and OPT tell the attention nothing: their hooks collect what the layers return.
+OPT = Family("OPTForCausalLM", "OPTConfig", {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32})
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gemma2", "gpt_oss", "gpt2", "opt"])
 def test_weights(name):
-    eager, ours = pair(FAMILIES[name])
+    eager, ours = pair({**FAMILIES, "opt": OPT}[name])
     tokens = ids(2, LENGTH)
     want, got = (model(tokens, output_attentions=True).attentions for model in (eager, ours))
     for a, b in zip(got, want, strict=True):
@@ -344,13 +379,35 @@ def test_half_precision_is_as_near_as_eager(dtype):
     assert errors[0] <= 2 * errors[1] + 4 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("name", ["Bloom", "Mpt", "BigBird"])
+@pytest.mark.parametrize("name", ["Bloom", "Mpt", "BigBird", "BigBirdPegasus"])
 def test_models_with_attention_of_their_own_refuse(name):
-    options = {"BigBird": {**SIZES, "attention_type": "original_full"}}.get(name, {"vocab_size": VOCABULARY})
+    full = {"attention_type": "original_full"}
+    options = {"BigBird": {**SIZES, **full}, "BigBirdPegasus": {**TWO_STACKS, **full}}
+    options = options.get(name, {"vocab_size": VOCABULARY})
     config = getattr(transformers, f"{name}Config")(**options, **({"n_layers": 1} if name == "Mpt" else {}))
     model = getattr(transformers, f"{name}Model")._from_config(config, attn_implementation="seqkern")
     with pytest.raises(ValueError, match="computes its attention itself"):
         model(ids(1, LENGTH))
+
+
+OWN = {  # parts of models, whose configurations AutoModel does not know
+    "TrOCRForCausalLM": (
+        "TrOCRConfig",
+        {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 32},
+    ),
+    "BlipTextModel": ("BlipTextConfig", {**SIZES, "encoder_hidden_size": 32}),
+    "FlavaTextModel": ("FlavaTextConfig", SIZES),
+    "GroupViTTextModel": ("GroupViTTextConfig", SIZES),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_parts_with_attention_of_their_own_refuse(name):
+    config, options = OWN[name]
+    config = getattr(transformers, config)(**{**options, "vocab_size": VOCABULARY, "pad_token_id": 0})
+    model = getattr(transformers, name)._from_config(config, attn_implementation="seqkern")
+    with pytest.raises(ValueError, match="computes its attention itself"):
+        model(ids(1, LENGTH), attention_mask=torch.ones(1, LENGTH, dtype=torch.long))
 
 
 @pytest.mark.parametrize("name", ["indices", "block_indices", "sinks"])

@@ -5,6 +5,7 @@ one becomes options of the attention itself; anything else becomes the tensor th
 """
 
 import inspect
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -141,7 +142,7 @@ def make_mask(
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
-            allow_is_causal_skip=tracing and allow_is_causal_skip,
+            allow_is_causal_skip=False,
             allow_is_bidirectional_skip=tracing and allow_is_bidirectional_skip,
             use_vmap=use_vmap,
             device=device,
@@ -149,6 +150,7 @@ def make_mask(
         )
 
     tracing = is_tracing(attention_mask) or is_tracing(q_offset)
+    may_be_none = allow_is_causal_skip or allow_is_bidirectional_skip
     band = None if tracing or use_vmap else band_of(mask_function, masking)
     # A cache that GPUs decode from in a compiled graph, which takes plain tensors.
     compiled = q_length == 1 and not allow_is_causal_skip and torch.device(device).type != "cpu"
@@ -173,33 +175,51 @@ def make_mask(
     )
     if band == Band() and keys == kv_length and padding is not None:
         return padding[:, None, None].expand(-1, 1, q_length, -1)
-    if band == Band():  # None is what a module makes of it: one may be causal where its configuration is not
-        said_by_none = allow_is_causal_skip or allow_is_bidirectional_skip
-        said_by_none = said_by_none and (q_length == 1 or getattr(config, "is_causal", True))
-    else:
-        said_by_none = allow_is_causal_skip and band == Band(None, 0) and keys == q_length
-    if said_by_none and keys == kv_length and padding is None:
+    # None is "every key" to a model's own code; what is causal is never said by it.
+    if band == Band() and keys == kv_length and padding is None and may_be_none:
         return None
     return BandMask(band, padding, keys, (batch_size, 1, q_length, kv_length), device)
 
 
-_uses_the_interface: dict[type, bool] = {}
+_HALF = ("bigbird_pegasus",)  # encoders with attention of their own beside decoders without
+_known: dict[type, bool] = {}  # by the class of a configuration
 
 
 def _refuse_models_of_their_own(config) -> None:
     """Whether a model's own code computes its attention can be told from its source alone, as transformers does."""
-    if config is None:
-        return
-    kind = type(config)
-    if kind not in _uses_the_interface:
-        from transformers import MODEL_MAPPING
-
-        model = MODEL_MAPPING.get(kind, None)
-        models = model if isinstance(model, (tuple, list)) else (model,)
-        _uses_the_interface[kind] = all(m is None or m._can_set_attn_implementation() for m in models)
-    if not _uses_the_interface[kind]:
+    if config is not None and not _use_the_interface(type(config)):
         raise ValueError(
             f"attn_implementation is 'seqkern', but the code of transformers for {config.model_type!r} computes its "
             "attention itself and would ignore it; load the model with attn_implementation='eager' (or 'sdpa' where it "
             "has that, which seqkern.enable() serves)"
         )
+
+
+def _use_the_interface(kind: type) -> bool:
+    if kind not in _known:
+        own = any(not model._can_set_attn_implementation() for model in _models_of(kind))  # type: ignore[attr-defined]
+        _known[kind] = not own and getattr(kind, "model_type", "") not in _HALF
+    return _known[kind]
+
+
+_use_the_interface._dynamo_marked_constant = True  # type: ignore[attr-defined]  # reads sources
+
+
+def _models_of(kind: type) -> list[type]:
+    """The model classes, of those that are loaded, that a configuration may be of: those that name it, else all that
+    were written beside it. A model that is running is loaded."""
+    from transformers import PreTrainedModel
+
+    def below(cls: type) -> Iterator[type]:
+        for each in cls.__subclasses__():
+            yield each
+            yield from below(each)
+
+    published = [
+        m
+        for m in below(PreTrainedModel)
+        if m.__module__.startswith(("transformers.", "transformers_modules."))
+    ]
+    room = kind.__module__.rpartition(".")[0] + "."
+    beside = [m for m in published if m.__module__.startswith(room)]
+    return [m for m in published if m.config_class is kind] or beside

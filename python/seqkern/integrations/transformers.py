@@ -10,6 +10,7 @@ MPT, GPT-Neo, ...) would ignore the name: the mask function raises there.
 """
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from seqkern.integrations._transformers_masks import BandMask, make_mask
 NAME = "seqkern"
 # What sparse attention is told by, and sinks of each token: ignored, they would be wrong numbers.
 _NOT_SERVED = ("indices", "block_indices", "sinks")
+_collector: Any = None  # transformers' own, once `register` was called
 
 
 def register() -> None:
@@ -32,9 +34,11 @@ def register() -> None:
     >>> from transformers import BertConfig, BertModel  # doctest: +SKIP
     >>> model = BertModel._from_config(BertConfig(), attn_implementation="seqkern")  # doctest: +SKIP
     """
+    global _collector
     try:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+        from transformers.utils.output_capturing import _active_collector
     except ImportError as e:
         raise ImportError(
             f"seqkern.integrations.transformers needs Hugging Face transformers ({e}); pip install 'transformers>=5.23'"
@@ -44,6 +48,7 @@ def register() -> None:
             "this transformers tells its mask functions no q_offset, which seqkern's needs; "
             "pip install 'transformers>=5.23'"
         )
+    _collector = _active_collector
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, make_mask)
 
@@ -54,6 +59,14 @@ def _narrow(mask: Tensor) -> Tensor:
         if mask.shape[at] > 1 and mask.stride(at) == 0:
             mask = mask.narrow(at, 0, 1)
     return mask
+
+
+def _are_collected() -> bool:
+    """Whether a model's hooks collect attention weights, of which the attention is told nothing."""
+    if _collector is None or (torch.compiler.is_compiling() and not _collector.compiling):
+        return False  # else Dynamo would have to read a context variable, which it cannot
+    found = _collector.get()
+    return found is not None and any(name.endswith("attentions") for name in found)
 
 
 def attention(
@@ -80,10 +93,12 @@ def attention(
     Args:
         query: [B, Hq, L, D]. key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], heads not repeated.
         attention_mask: bool (True = attend) or added to the scores, broadcast to [B, Hq, L, S]. Where it is given it
-            says all: ``is_causal`` and ``sliding_window`` count without one alone, from the last key.
-        is_causal: ``module.is_causal`` if None.
+            says all. None: every key, as to a model's own code (``make_mask`` says causal by a mask, whatever the
+            module's ``is_causal``), unless the caller says otherwise.
+        is_causal, sliding_window: without a mask alone, and both from the last key on.
         softcap: of the scores. s_aux: sinks, [Hq]. position_bias: added to the scores, [1 or B, Hq, L, S].
-        output_attentions: whether the weights [B, Hq, L, S] are returned.
+        output_attentions: whether the weights [B, Hq, L, S] are returned; also where a model collects what its
+            layers return.
 
     Returns:
         ([B, L, Hq, Dv], weights or None).
@@ -125,7 +140,7 @@ def attention(
             mask = _narrow(given)
         else:
             bias = _narrow(given) if bias is None else bias + given
-    elif L > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    elif L > 1 and is_causal:
         causal = "bottom-right"
         window = None if sliding_window is None else (sliding_window - 1, None)
     if keys != S:
@@ -143,7 +158,7 @@ def attention(
         sinks=s_aux,
         dropout_p=dropout,
         scale=scaling,
-        return_weights="heads" if output_attentions else False,
+        return_weights="heads" if output_attentions or _are_collected() else False,
     )
     output, weights = found if isinstance(found, tuple) else (found, None)
     assert isinstance(output, Tensor)
