@@ -1,4 +1,4 @@
-// seqkern::rnn_forward and seqkern::rnn_backward on the CPU: tensors checked and laid out as calls of the
+// seqkern::rnn_forward, rnn_backward and rnn_step on the CPU: tensors checked and laid out as calls of the
 // kernels. The schemas and the meaning of each form stand in python/seqkern/ops/rnn.py.
 #include <array>
 #include <tuple>
@@ -173,6 +173,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_forward(Tensor input, Maybe batch
     return {output, h_n, c_n, reserve};
 }
 
+// Whether the tensors of a cell with a batch are what `Arguments` takes.
+bool fits(const Tensor& input, const Tensor& hx, const Maybe& cx, const Tensor& w_ih, const Tensor& w_hh,
+          const Maybe& b_ih, const Maybe& b_hh, Cell cell) {
+    const auto dtype = input.scalar_type();
+    if (dtype != ScalarType::Float && dtype != ScalarType::Double && dtype != ScalarType::BFloat16 &&
+        dtype != ScalarType::Half)
+        return false;
+    if (input.dim() != 2 || w_hh.dim() != 2 || b_ih.has_value() != b_hh.has_value() ||
+        cx.has_value() != (cell == Cell::lstm))
+        return false;
+    const int64_t B = input.size(0), I = input.size(1), H = w_hh.size(1), rows = gates_of(cell) * H;
+    auto is = [&](const Tensor& t, int64_t first, int64_t second) {  // second: 0 for a vector
+        return t.is_cpu() && t.scalar_type() == dtype && t.dim() == (second ? 2 : 1) && t.size(0) == first &&
+               (second == 0 || t.size(1) == second);
+    };
+    return I > 0 && H > 0 && is(input, B, I) && is(hx, B, H) && (!cx || is(*cx, B, H)) &&
+           is(w_ih, rows, I) && is(w_hh, rows, H) && (!b_ih || (is(*b_ih, rows, 0) && is(*b_hh, rows, 0)));
+}
+
+std::tuple<Maybe, Maybe> rnn_step(Tensor input, Tensor hx, Maybe cx, Tensor w_ih, Tensor w_hh, Maybe b_ih,
+                                  Maybe b_hh, std::string cell) {
+    if (!fits(input, hx, cx, w_ih, w_hh, b_ih, b_hh, cell_named(cell))) return {};
+    Arguments args({input, {}, hx, cx, w_ih, w_hh, b_ih, b_hh}, cell);
+    seqkern::ForwardCall call{};
+    static_cast<seqkern::Layer&>(call) = args.layer;
+    Tensor output = empty(input, args.output_sizes());
+    Maybe c_n;
+    call.output = output.mutable_data_ptr();
+    if (cx) call.c_n = c_n.emplace(empty(input, args.output_sizes())).mutable_data_ptr();
+    if (call.N > 0) seqkern::forward(call);
+    return {output, c_n};
+}
+
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                              Tensor, Tensor, Tensor>;
 
@@ -223,4 +256,5 @@ Gradients rnn_backward(Tensor grad_output, Tensor grad_h_n, Tensor grad_c_n, Ten
 STABLE_TORCH_LIBRARY_IMPL(seqkern, CPU, m) {
     m.impl("rnn_forward", TORCH_BOX(&rnn_forward));
     m.impl("rnn_backward", TORCH_BOX(&rnn_backward));
+    m.impl("rnn_step", TORCH_BOX(&rnn_step));
 }

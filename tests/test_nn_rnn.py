@@ -327,12 +327,10 @@ def test_autocast_as_torch(kind):
 
 @pytest.mark.built
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", ["dense", "packed"])
-def test_autocast_where_torchs_lstm_has_no_kernel(form, dtype, monkeypatch):
+def test_autocast_where_torchs_lstm_has_no_kernel(dtype, monkeypatch):
     monkeypatch.setattr(_linear_backends, "TERM_BY_TERM", frozenset((dtype,)))
     ours = seqkern.nn.LSTM(I, H, num_layers=2, bidirectional=True)
-    x = torch.randn(T, B, I)
-    given = pack_padded_sequence(x, [6, 4, 1]) if form == "packed" else x
+    given = torch.randn(T, B, I)
     with torch.autocast("cpu", dtype=dtype):
         (choice, *_) = seqkern.explain(ours, given).rows
         got = tensors(ours(given))
@@ -341,6 +339,42 @@ def test_autocast_where_torchs_lstm_has_no_kernel(form, dtype, monkeypatch):
     assert all(torch.equal(a, b) and a.dtype is dtype for a, b in zip(got, want, strict=True))
     got[0].sum().backward()
     assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in ours.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("stands_in", [False, True])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_sparse_weights_are_torchs(kind, stands_in):
+    theirs = getattr(torch.nn, kind)(3, 4).requires_grad_(False)
+    x = torch.randn(40, 5, 3)
+    want = tensors(theirs(x))
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        setattr(theirs, name, torch.nn.Parameter(getattr(theirs, name).to_sparse_csr(), requires_grad=False))
+    if stands_in:
+        with seqkern.enable():
+            got = tensors(theirs(x))
+    else:
+        got = tensors(seqkern.accelerate(theirs)(x))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("form", ["packed", "projected", "without oneDNN"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_where_torchs_lstm_needs_no_kernel(form, dtype, monkeypatch):
+    """What does not go to oneDNN runs on torch as ever, some of it in float32."""
+    monkeypatch.setattr(_linear_backends, "TERM_BY_TERM", frozenset((dtype,)))
+    theirs, ours = pair("LSTM", {"proj_size": 2} if form == "projected" else {})
+    x = torch.randn(T, B, I)
+    given = pack_padded_sequence(x, [6, 4, 1]) if form == "packed" else x
+    torch._C._set_mkldnn_enabled(form != "without oneDNN")
+    try:
+        with torch.autocast("cpu", dtype=dtype):
+            got, want = tensors(ours(given)), tensors(theirs(given))
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["RNN", "GRU"])

@@ -172,6 +172,10 @@ def with_a_buffer_for_a_bias(layer):
     layer.linear1.register_buffer("bias", bias)
 
 
+def sparse(layer):
+    layer.linear1.weight = nn.Parameter(layer.linear1.weight.to_sparse_csr())
+
+
 def own_feed_forward(layer):
     layer._ff_block = lambda x: -x
 
@@ -200,6 +204,7 @@ def norm_of_another_kind(layer):
         pruned,
         parametrized_projection,
         with_a_buffer_for_a_bias,
+        sparse,
         own_feed_forward,
         with_a_function_for_a_dropout,
         with_another_activation,
@@ -207,6 +212,7 @@ def norm_of_another_kind(layer):
     ],
     ids=lambda f: f.__name__,
 )
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @torch.no_grad()
 def test_layers_of_another_kind_are_stepped_by_their_parts(calls, change):
     ours, x = ours_of(stack("Encoder", layers=1)), torch.randn(2, 3, 16).double()

@@ -16,6 +16,9 @@ __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 _GATES = {name: cell.gates for name, cell in spec.CELLS.items()}
 _NO_BACKWARD: tuple[None, ...] = (None,) * 5
 _forward = torch.ops.seqkern.rnn_forward.default
+_step = (
+    torch.ops.seqkern.rnn_step.default._op if _backend.CPU_READY else None
+)  # past a Python function around it
 _FLAT = {2: (0, 1, None, None, None), 3: (0, 1, None, None, 2), 4: (0, 1, 2, 3, None), 5: (0, 1, 2, 3, 4)}
 
 Weights = tuple[Tensor | None, ...]  # w_ih, w_hh, b_ih, b_hh, w_hr of one direction
@@ -36,6 +39,33 @@ def _name(backend: str | None, op: str, tensors: Weights, packed: bool = False) 
     return _backend.choose(_backend.Call(op, tensors), backend).name
 
 
+def _short_step(
+    cell: str,
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """A step that the compiled kernels serve, on a CPU, without a gradient, where nobody looks on; past the checks and
+    the choice, which would take longer than a small step. (None, None): the long way finds out who serves it."""
+    if not _step or _backend.special or _backend.is_looked_on():
+        return None, None
+    for x in (input, hx, cx, w_ih, w_hh, b_ih, b_hh):
+        if x is not None and (type(x) not in _backend.PLAIN or not x.is_cpu):
+            return None, None
+    if torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
+        return None, None
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, hx, cx, w_ih, w_hh, b_ih, b_hh):  # type: ignore[attr-defined]
+        return None, None
+    try:
+        return _step(input, hx, cx, w_ih, w_hh, b_ih, b_hh, cell)
+    except NotImplementedError:  # a layout of which the dispatcher knows nothing here
+        return None, None
+
+
 def _cell(
     cell: str,
     input: Tensor,
@@ -47,6 +77,10 @@ def _cell(
     b_hh: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
+    if backend is None and hx is not None:
+        output, c_n = _short_step(cell, input, hx, cx, w_ih, w_hh, b_ih, b_hh)
+        if output is not None:
+            return output, c_n
     check_cell(cell, _GATES[cell], input, hx, cx, w_ih, w_hh, b_ih, b_hh)
     unbatched = input.dim() == 1
     if unbatched:
@@ -229,9 +263,15 @@ def _torch_layers(cell, input, batch_sizes, hx, cx, weights, num_layers, dropout
     return found if cx is not None else (*found, None)
 
 
-def _cast_without_torch(cell: str, input: Tensor) -> torch.dtype | None:
-    """What autocast makes of an LSTM, where torch's own then finds no kernel for it on this processor and raises."""
+def _cast_without_torch(
+    cell: str, input: Tensor, w_hh: Tensor, batch_sizes: Tensor | None
+) -> torch.dtype | None:
+    """What autocast makes of an LSTM, where torch's own then finds no kernel for it on this processor and raises: of
+    those that go to oneDNN, which are neither packed nor projected."""
     if cell != "lstm" or not input.is_cpu or not torch.is_autocast_enabled("cpu"):
+        return None
+    projected = w_hh.shape[0] != 4 * w_hh.shape[1]
+    if batch_sizes is not None or projected or not torch.backends.mkldnn.enabled:
         return None
     lower = torch.get_autocast_dtype("cpu")
     return lower if lower in _linear_backends.TERM_BY_TERM else None
@@ -253,7 +293,7 @@ def _layers(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     directions = 2 if bidirectional else 1
     check_layers(cell, _GATES[cell], input, hx, cx, weights, batch_sizes, num_layers, directions, batch_first)
-    lower = _cast_without_torch(cell, input)
+    lower = _cast_without_torch(cell, input, weights[1], batch_sizes)
     if lower is not None:
         given = (None if t is None else t.to(lower) for t in (input, hx, cx, *weights))
         input, hx, cx, *weights = given  # type: ignore[assignment]

@@ -82,8 +82,11 @@ def prepared(layer: nn.Module, x: Tensor, cache: KVCache, index: int) -> Step | 
         norm = parts["norm3"]
     tensors += *weights_of(parts["linear1"]), *weights_of(parts["linear2"]), *weights_of(norm)
     eps.append(norm.eps)
+    strided = torch.strided
     for t in (*tensors, keys, values):
-        if t is not None and (type(t) not in _backend.PLAIN or t.dtype is not dtype or not t.is_cpu):
+        if t is None:
+            continue
+        if type(t) not in _backend.PLAIN or t.dtype is not dtype or not t.is_cpu or t.layout is not strided:
             return None  # also for text, see weights_of
     if added is not None and added.dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
         return None

@@ -183,16 +183,15 @@ def serves_cpu(tensors: tuple[Tensor | None, ...]) -> bool:
     input = tensors[0]
     assert input is not None
     dtype = input.dtype
-    if (
-        not CPU_READY
-        or dtype not in CPU_DTYPES
-        or input.layout is not torch.strided
-        or lacks_features(tensors)
-    ):
+    if not CPU_READY or dtype not in CPU_DTYPES or lacks_features(tensors):
         return False
-    compiling = torch.compiler.is_compiling()
+    compiling, strided = torch.compiler.is_compiling(), torch.strided
     for t in tensors:
-        if t is not None and (t.dtype is not dtype or not t.is_cpu or not (compiling or type(t) in PLAIN)):
+        if t is None:
+            continue
+        if t.dtype is not dtype or not t.is_cpu or t.layout is not strided:
+            return False
+        if not compiling and type(t) not in PLAIN:
             return False
     return not (torch._C._is_any_autocast_enabled() or in_transform() or goes_to_onnx())  # type: ignore[attr-defined]
 

@@ -13,6 +13,10 @@ step   [B, I]                    [B, P], [B, H]       [B, P]        [0]         
 What does not exist (c_n of a cell other than lstm, the gradient of an absent bias, …) is a tensor of shape [0].
 The compiled library adds the implementations on a CPU, `seqkern.kernels.rnn` those on a GPU; the schemas, the shapes
 and the gradients stand here.
+
+``seqkern::rnn_step`` is one step of a cell with a batch, with the arguments of torch's cells and no gradient: the
+compiled kernels by a way so short that it does not count in a small step. It returns h' and, of an lstm, c'; (None,
+None) where they do not serve.
 """
 
 from collections.abc import Sequence
@@ -45,6 +49,11 @@ _LIBRARY.define(
     f"{_ARGUMENTS}, str cell, bool need_input, bool need_weights) -> ("
     + ", ".join(f"Tensor d_{name}" for name in GRADIENTS)
     + ")",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "rnn_step(Tensor input, Tensor hx, Tensor? cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, str cell)"
+    " -> (Tensor? h, Tensor? c)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _gpu.serve(_LIBRARY, "rnn_forward", "seqkern.kernels.rnn", "forward")
@@ -116,6 +125,11 @@ def _backward_fake(grad_output, grad_h_n, grad_c_n, output, reserve, *rest):
         return need_input if name == "input" else need_weights or name in ("hx", "cx")
 
     return tuple(output.new_empty(found[name].shape if wanted(name) else (0,)) for name in GRADIENTS)
+
+
+@torch.library.register_fake("seqkern::rnn_step", lib=_LIBRARY)
+def _step_fake(input, hx, cx, *_):
+    return torch.empty_like(hx), None if cx is None else torch.empty_like(cx)
 
 
 def _forward_setup(ctx, inputs, output):
