@@ -72,7 +72,7 @@ class Attention {
             SK_REQUIRE(
                 seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long && seed->is_cpu(),
                 "dropout needs a seed of one int64 on the CPU");
-            call.seed = static_cast<unsigned long>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+            call.seed = static_cast<unsigned long>(*static_cast<const int64_t*>(data_of(*seed)));
             call.drop_below = static_cast<unsigned int>(std::nearbyint(dropout_p * (1 << 24)));
         }
     }
@@ -82,16 +82,16 @@ class Attention {
         SK_REQUIRE(t.is_cpu(), name, " is not on the CPU");
         SK_REQUIRE(t.scalar_type() == dtype, name, " has another dtype than expected");
         if (t.size(-1) > 1 && t.stride(-1) != 1) t = kept_.emplace_back(torch::stable::contiguous(t));
-        if (packed) return {t.const_data_ptr(), 0, t.stride(1), t.stride(0)};
-        return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+        if (packed) return {data_of(t), 0, t.stride(1), t.stride(0)};
+        return {data_of(t), t.stride(0), t.stride(1), t.stride(2)};
     }
 
     // Log-sum-exp or its gradient: [B, Hq, L] or packed [Hq, total].
     Operand of_rows(const Tensor& t, const char* name) {
         SK_REQUIRE(t.is_cpu() && t.scalar_type() == wide, name, " has another dtype or device than expected");
         SK_REQUIRE(t.numel() == call.total_q * call.Hq, name, " has sizes ", written(t.sizes()));
-        if (packed) return {t.const_data_ptr(), 0, t.stride(0), t.stride(1)};
-        return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+        if (packed) return {data_of(t), 0, t.stride(0), t.stride(1)};
+        return {data_of(t), t.stride(0), t.stride(1), t.stride(2)};
     }
 
     Plane plane(Tensor t, const char* name, ScalarType dtype) {
@@ -103,7 +103,7 @@ class Attention {
         SK_REQUIRE(fits, name, " has sizes ", written(t.sizes()), ", which do not broadcast to [", call.B,
                    ", ", call.Hq, ", ", call.L, ", ", call.S, "]");
         if (stride_of(t, 3) > 1) t = kept_.emplace_back(torch::stable::contiguous(t));
-        return {t.const_data_ptr(), stride_of(t, 0), stride_of(t, 1), stride_of(t, 2), stride_of(t, 3)};
+        return {data_of(t), stride_of(t, 0), stride_of(t, 1), stride_of(t, 2), stride_of(t, 3)};
     }
 
     Sizes sizes_like(const Tensor& t) const { return Sizes(t.sizes().begin(), t.sizes().end()); }
@@ -133,7 +133,7 @@ class Attention {
         SK_REQUIRE(t.numel() == rows * call.Hq, name, " has sizes ", written(t.sizes()), ", expected ", rows,
                    " times ", call.Hq, " numbers");
         const Tensor plain = torch::stable::contiguous(in_dtype(t, ScalarType::Double));
-        const auto* p = static_cast<const double*>(plain.const_data_ptr());
+        const auto* p = static_cast<const double*>(data_of(plain));
         return {p, p + rows * call.Hq};
     }
 
@@ -166,7 +166,7 @@ class Attention {
         SK_REQUIRE(cu.is_cpu() && cu.dim() == 1 && cu.size(0) == call.B + 1, name, " must be [", call.B + 1,
                    "] on the CPU");
         const Tensor plain = torch::stable::contiguous(in_dtype(cu, ScalarType::Long));
-        const auto* p = static_cast<const int64_t*>(plain.const_data_ptr());
+        const auto* p = static_cast<const int64_t*>(data_of(plain));
         for (long b = 0; b < call.B; ++b)
             SK_REQUIRE(p[b] <= p[b + 1] && p[b + 1] - p[b] <= longest, name,
                        " descends, or has a sequence of ", p[b + 1] - p[b], " rows, where max_seqlen is ",
@@ -246,8 +246,7 @@ class Sdpa {
             strides[to] = mask.stride(at);
         }
         if (strides[3] > 1) return false;
-        (shows ? call.mask : call.bias) = {mask.const_data_ptr(), strides[0], strides[1], strides[2],
-                                           strides[3]};
+        (shows ? call.mask : call.bias) = {data_of(mask), strides[0], strides[1], strides[2], strides[3]};
         call.bias_is_wide = dtype == wide;
         return true;
     }
@@ -274,7 +273,7 @@ class Sdpa {
         if (!t.is_cpu() || t.dim() != rank_ || t.scalar_type() != dtype_) return false;
         const Tensor* x = &t;
         if (t.size(-1) > 1 && t.stride(-1) != 1) x = &copy.emplace(torch::stable::contiguous(t));
-        to = {x->const_data_ptr(), rank_ > 3 ? x->stride(0) : 0, rank_ > 2 ? x->stride(rank_ - 3) : 0,
+        to = {data_of(*x), rank_ > 3 ? x->stride(0) : 0, rank_ > 2 ? x->stride(rank_ - 3) : 0,
               x->stride(rank_ - 2)};
         return true;
     }

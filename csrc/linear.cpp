@@ -17,7 +17,7 @@ struct Matrix {
         by_column = t.stride(0) == 1 || t.size(0) <= 1;
         if (!by_column) kept = torch::stable::contiguous(t);
     }
-    const void* data() const { return kept.const_data_ptr(); }
+    const void* data() const { return data_of(kept); }
     int64_t ld() const { return std::max<int64_t>(1, kept.stride(by_column ? 1 : 0)); }
 };
 
@@ -52,10 +52,10 @@ Tensor linear_op(Tensor input, Tensor weight, Maybe bias, int64_t activation) {
     if (call.rows <= (narrow ? FEW_ROWS_OF_16_BITS : FEW_ROWS)) {
         const bool in_one_piece = weight.stride(1) == 1 || call.K == 1;
         const Tensor w = in_one_piece ? weight : torch::stable::contiguous(weight);
-        call.x = x.const_data_ptr();
-        call.w = w.const_data_ptr();
+        call.x = data_of(x);
+        call.w = data_of(w);
         call.ld_w = w.stride(0);
-        call.bias = b ? b->const_data_ptr() : nullptr;
+        call.bias = b ? data_of(*b) : nullptr;
         call.activation = act;
         call.y = output.mutable_data_ptr();
         seqkern::linear(call);
@@ -65,9 +65,9 @@ Tensor linear_op(Tensor input, Tensor weight, Maybe bias, int64_t activation) {
     Product product{};
     product.dtype = call.dtype;
     product.rows = call.rows, product.columns = call.N, product.depth = call.K;
-    product.a = x.const_data_ptr(), product.ld_a = call.K;
+    product.a = data_of(x), product.ld_a = call.K;
     product.b = w.data(), product.ld_b = w.ld(), product.b_by_depth = w.by_column;
-    product.bias = b ? b->const_data_ptr() : nullptr;
+    product.bias = b ? data_of(*b) : nullptr;
     product.activation = act;
     product.out = output.mutable_data_ptr();
     seqkern::product(product);
@@ -115,7 +115,7 @@ void ending_op(Tensor y, Maybe bias, int64_t activation, Maybe x, Maybe weight, 
         if (i == 1) sizes.assign(y.sizes().begin(), y.sizes().end());
         require_sizes(*kept[i], names[i], sizes);
         if (!lies_plain(*kept[i])) kept[i] = torch::stable::contiguous(*kept[i]);
-        data[i] = kept[i]->const_data_ptr();
+        data[i] = data_of(*kept[i]);
     }
     if (y.numel() == 0) return;
     call.rows = y.numel() / call.columns;

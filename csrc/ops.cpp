@@ -51,8 +51,7 @@ class Arguments {
     const void* plain(const Tensor& t, const char* name, const Sizes& sizes,
                       std::optional<ScalarType> dtype = {}) {
         check(t, name, sizes, dtype);
-        return lies_plain(t) ? t.const_data_ptr()
-                             : kept_.emplace_back(torch::stable::contiguous(t)).const_data_ptr();
+        return lies_plain(t) ? data_of(t) : data_of(kept_.emplace_back(torch::stable::contiguous(t)));
     }
 
   private:
@@ -79,7 +78,7 @@ class Arguments {
             x = torch::stable::contiguous(x);
             kept_.push_back(x);
         }
-        layer.input = x.const_data_ptr();
+        layer.input = data_of(x);
         layer.input_b = x.stride(-2);
         if (layer.packed) {
             lengths(*tensors[1], x.size(0));
@@ -188,8 +187,8 @@ bool fits(const Tensor& input, const Tensor& hx, const Maybe& cx, const Tensor& 
         return t.is_cpu() && t.scalar_type() == dtype && t.dim() == (second ? 2 : 1) && t.size(0) == first &&
                (second == 0 || t.size(1) == second);
     };
-    return I > 0 && H > 0 && is(input, B, I) && is(hx, B, H) && (!cx || is(*cx, B, H)) &&
-           is(w_ih, rows, I) && is(w_hh, rows, H) && (!b_ih || (is(*b_ih, rows, 0) && is(*b_hh, rows, 0)));
+    return I > 0 && H > 0 && is(input, B, I) && is(hx, B, H) && (!cx || is(*cx, B, H)) && is(w_ih, rows, I) &&
+           is(w_hh, rows, H) && (!b_ih || (is(*b_ih, rows, 0) && is(*b_hh, rows, 0)));
 }
 
 std::tuple<Maybe, Maybe> rnn_step(Tensor input, Tensor hx, Maybe cx, Tensor w_ih, Tensor w_hh, Maybe b_ih,

@@ -41,7 +41,7 @@ class Arguments {
         call.up = matrix(*next, next[1], call.F, call.E), next += 2;
         call.down = matrix(*next, next[1], call.E, call.F), next += 2;
         call.norms[parts - 1] = norm(*next, next[1], eps[parts - 1]);
-        call.x = plain(x).const_data_ptr();
+        call.x = data_of(plain(x));
     }
 
   private:
@@ -58,14 +58,14 @@ class Arguments {
     const void* vector(const Maybe& t, int64_t size, const char* name) {
         if (!t) return nullptr;
         alike(*t, name), require_sizes(*t, name, {size});
-        return plain(*t).const_data_ptr();
+        return data_of(plain(*t));
     }
     Weights matrix(const Maybe& w, const Maybe& b, int64_t rows, int64_t columns) {
         SK_REQUIRE(w, "a weight is missing");
         alike(*w, "a weight"), require_sizes(*w, "a weight", {rows, columns});
         const bool in_one_piece = w->stride(1) == 1 || columns == 1;
         const Tensor& lies = in_one_piece ? *w : kept_.emplace_back(torch::stable::contiguous(*w));
-        return {lies.const_data_ptr(), lies.stride(0), vector(b, rows, "a bias")};
+        return {data_of(lies), lies.stride(0), vector(b, rows, "a bias")};
     }
     LayerNorm norm(const Maybe& w, const Maybe& b, double eps) {
         return {vector(w, call.E, "the weight of a norm"), vector(b, call.E, "the bias of a norm"), eps};
@@ -86,7 +86,7 @@ class Arguments {
         require_sizes(t, name, {call.B, 1, 1, keys});
         SK_REQUIRE(t.is_cpu(), name, " is not on the CPU");
         const Tensor& lies = t.stride(3) == 1 ? t : kept_.emplace_back(torch::stable::contiguous(t));
-        return {lies.const_data_ptr(), lies.stride(0), 0, 0, 1};
+        return {data_of(lies), lies.stride(0), 0, 0, 1};
     }
     void add_mask(AttentionForward& a, const Maybe& mask, const char* name) {
         if (!mask) return;
@@ -104,8 +104,8 @@ class Arguments {
                    ", expected less than own's capacity ", own.size(3));
         call.own = attention(own.size(2), own.size(4), length + 1);
         const Tensor keys = torch::stable::select(own, 1, 0), values = torch::stable::select(own, 1, 1);
-        call.own.k = {keys.const_data_ptr(), keys.stride(0), keys.stride(1), keys.stride(2)};
-        call.own.v = {values.const_data_ptr(), values.stride(0), values.stride(1), values.stride(2)};
+        call.own.k = {data_of(keys), keys.stride(0), keys.stride(1), keys.stride(2)};
+        call.own.v = {data_of(values), values.stride(0), values.stride(1), values.stride(2)};
         const Tensor new_keys = torch::stable::select(keys, 2, length),
                      new_values = torch::stable::select(values, 2, length);
         call.new_k = {new_keys.mutable_data_ptr(), keys.stride(0), keys.stride(1), keys.stride(2)};
@@ -122,8 +122,8 @@ class Arguments {
             require_sizes(*t, "the memory", {call.B, call.own.Hq, keys.size(2), call.own.D});
         }
         call.memory = attention(call.own.Hq, call.own.D, keys.size(2));
-        call.memory.k = {keys.const_data_ptr(), keys.stride(0), keys.stride(1), keys.stride(2)};
-        call.memory.v = {values->const_data_ptr(), values->stride(0), values->stride(1), values->stride(2)};
+        call.memory.k = {data_of(keys), keys.stride(0), keys.stride(1), keys.stride(2)};
+        call.memory.v = {data_of(*values), values->stride(0), values->stride(1), values->stride(2)};
         add_mask(call.memory, mask, "memory_mask");
         if (!bias) return;
         const auto wide = call.dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;

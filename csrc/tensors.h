@@ -50,6 +50,16 @@ inline void require_sizes(const Tensor& t, const char* name, const Sizes& sizes)
     SK_REQUIRE(same, name, " has sizes ", written(got), ", expected ", written(want));
 }
 
+// Where a tensor's numbers are; those of a freed storage would be read through a null pointer.
+inline const void* data_of(const Tensor& t) {
+    int64_t bytes = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+    SK_REQUIRE(
+        bytes > 0 || t.numel() == 0, "a tensor of sizes ", written(t.sizes()),
+        " has no memory: its storage was freed (untyped_storage().resize_(0)) and must be filled again");
+    return t.const_data_ptr();
+}
+
 inline bool lies_plain(const Tensor& t) {
     auto sizes = t.sizes(), strides = t.strides();
     int64_t want = 1;

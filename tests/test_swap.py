@@ -158,3 +158,55 @@ def test_a_copy_runs_and_can_be_restored(copied):
 def test_no_module(verb, given):
     with pytest.raises(TypeError, match=r"takes a torch.nn.Module"):
         verb(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("LSTM", "forward"),
+        ("GRU", "forward"),
+        ("LSTMCell", "forward"),
+        ("MultiheadAttention", "forward"),
+        ("TransformerEncoderLayer", "_ff_block"),
+        ("TransformerDecoderLayer", "_mha_block"),
+    ],
+)
+def test_a_class_that_somebody_patched_is_left_alone(monkeypatch, name, method):
+    sizes = (4, 4) if name in ("LSTM", "GRU", "LSTMCell") else (4, 2)
+    before, after = (getattr(nn, name)(*sizes) for _ in range(2))
+    seqkern.accelerate(before)
+    monkeypatch.setattr(getattr(nn, name), method, lambda *_: torch.zeros(1))
+    seqkern.accelerate(after)
+    row = seqkern.swaps(after)[0]
+    assert row.after is None and row.reason == f"torch.nn.{name}.{method} was replaced on the class"
+    assert seqkern.swaps(before)[0].after == f"seqkern.nn.{name}"
+    monkeypatch.undo()
+    assert seqkern.swaps(seqkern.accelerate(after))[0].after == f"seqkern.nn.{name}"
+
+
+class Sharded:
+    """What fully_shard mixes into the class of a module."""
+
+    def shards(self):
+        return 1
+
+
+@pytest.mark.parametrize("name", ["LSTM", "TransformerEncoderLayer"])
+def test_a_class_mixed_in_after_the_swap_stays(name):
+    model = nn.Sequential(nn.LSTM(4, 4) if name == "LSTM" else nn.TransformerEncoderLayer(4, 2))
+    layer = seqkern.accelerate(model)[0]
+    layer.__class__ = type(f"Sharded{name}", (Sharded, type(layer)), {})
+    assert next(row.after for row in seqkern.swaps(model)) == f"seqkern.nn.{name}"
+    seqkern.restore(model)
+    assert isinstance(layer, getattr(nn, name)) and not isinstance(layer, getattr(seqkern.nn, name))
+    assert layer.shards() == 1 and type(layer).__name__ == f"Sharded{name}"
+    assert all("seqkern" not in type(each).__module__ for each in model.modules())
+    assert all(row.after is None for row in seqkern.swaps(model))
+
+
+def test_a_class_that_cannot_be_made_anew_is_said_before_anything_is_undone():
+    model = seqkern.accelerate(nn.Sequential(nn.GRU(4, 4), nn.LSTM(4, 4)))
+    model[1].__class__ = type("Twice", (type("Once", (type(model[1]),), {}),), {})
+    with pytest.raises(TypeError, match=r"Twice derives from seqkern\.nn\.LSTM by way of others"):
+        seqkern.restore(model)
+    assert type(model[0]) is seqkern.nn.GRU

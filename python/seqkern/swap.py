@@ -33,6 +33,12 @@ ALREADY = "already a seqkern module"
 
 M = TypeVar("M", bound=nn.Module)
 
+# What torch's classes define; where somebody has replaced a method of one, its twin would pass the new one by.
+_METHODS = {
+    cls: {name: value for name, value in vars(cls).items() if callable(value)}
+    for cls in (getattr(nn, name) for name in NAMES)
+}
+
 
 class Swap(NamedTuple):
     """One module of a model that has a twin in seqkern.nn, or a subclass of one, as `swaps` lists it."""
@@ -50,7 +56,11 @@ def _pairs() -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def _class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module; of a parametrized one that which it had before, and from which its own derives."""
+    """The class of a module; of one that was swapped and given a class of its own since, as by
+    torch.nn.utils.parametrize or fully_shard, the one that it was swapped for."""
+    if MARK in vars(module):
+        ours = set(_pairs().values())
+        return next((cls for cls in type(module).__mro__ if cls in ours), type(module))
     return parametrize.type_before_parametrizations(module)
 
 
@@ -88,6 +98,16 @@ def _objection(module: nn.Module, pairs: dict[type[nn.Module], type[nn.Module]])
         return f"a subclass of torch's {own}; write it on seqkern.nn instead"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
+    if replaced := _replaced(type(module)):
+        return f"torch.nn.{type(module).__name__}.{replaced} was replaced on the class"
+    return ""
+
+
+def _replaced(cls: type[nn.Module]) -> str:
+    """A method of one of torch's classes that is not the one that it was when this module was imported."""
+    for name, method in _METHODS[cls].items():
+        if vars(cls).get(name) is not method:
+            return name
     return ""
 
 
@@ -139,8 +159,9 @@ def accelerate(model: M) -> M:
     These are ``torch.nn.{RNN,LSTM,GRU,RNNCell,LSTMCell,GRUCell,MultiheadAttention,TransformerEncoderLayer,
     TransformerDecoderLayer,TransformerEncoder,TransformerDecoder,Transformer}``.
     Modules that cannot be swapped without changing what they compute (parametrized, scripted or traced,
-    quantized, subclassed, with a patched forward) stay as they are; `swaps` says which and why. A module used
-    in several places is swapped once; a second call changes nothing; after an error nothing has changed.
+    quantized, subclassed, with a forward or a class that was patched) stay as they are; `swaps` says which and
+    why. A module used in several places is swapped once; a second call changes nothing; after an error nothing
+    has changed.
 
     Args:
         model: any module, a bare ``torch.nn.LSTM`` included.
@@ -170,7 +191,7 @@ def restore(model: M) -> M:
     too.
 
     Modules that were written with ``seqkern.nn`` stay. Returns the same object; raises TypeError where
-    ``model`` is not a module.
+    ``model`` is not a module, or where one has been given a class since that cannot be made anew.
 
     >>> import torch, seqkern
     >>> model = seqkern.accelerate(torch.nn.LSTM(4, 8))
@@ -189,14 +210,21 @@ def _is_swapped(module: nn.Module, back: dict[type[nn.Module], type[nn.Module]])
 
 
 def _undone(module: nn.Module, back: dict[type[nn.Module], type[nn.Module]]) -> type[nn.Module]:
-    """torch's class for a module of ours; if it was parametrized since, its class once more with torch's as base."""
-    cls, theirs = type(module), back[_class(module)]
+    """torch's class for a module of ours; if it was given one of its own since, that class once more with torch's for
+    ours among its bases."""
+    cls = type(module)
     if cls in back:
-        return theirs
+        return back[cls]
+    if _class(module) not in cls.__bases__:
+        raise TypeError(
+            f"restore cannot undo what was done to the class of a module after accelerate: {_title(cls)} derives from "
+            f"{_title(_class(module))} by way of others; undo that first"
+        )
     body = {
         key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__", "__doc__")
     }
-    return type(f"Parametrized{theirs.__name__}", (theirs,), body)
+    make: type = type(cls)
+    return make(cls.__name__, tuple(back.get(base, base) for base in cls.__bases__), body)
 
 
 def swaps(model: nn.Module) -> list[Swap]:

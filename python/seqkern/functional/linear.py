@@ -40,6 +40,8 @@ def linear(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation is {activation!r}, expected 'relu', 'gelu' or None")
+    if _may_not_be_saved(input):
+        input = input.clone()
     if not _is_ours(input, weight, bias):
         output = F.linear(input, weight, bias)
         if activation is None:
@@ -52,6 +54,13 @@ def linear(
     run = _op if _backend.is_looked_on() else direct_linear
     output = run(input, weight, bias, ACTIVATIONS[fused])
     return output if fused == activation else _FUNCTIONS[activation](output)
+
+
+def _may_not_be_saved(input: Tensor) -> bool:
+    """Whether an input is an inference tensor that torch's backward would want; torch's modules copy it by chance."""
+    if torch.compiler.is_compiling() or not (isinstance(input, Tensor) and input.is_inference()):
+        return False
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def _is_nobodys(output: Tensor, *made_of: Tensor | None) -> bool:

@@ -35,9 +35,21 @@ def changed(module: nn.Module) -> bool:
     return bool(hooks or module._backward_pre_hooks or "forward" in module.__dict__)
 
 
+_FORWARDS: dict[type[nn.Module], Callable] = {
+    cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ReLU, nn.GELU)
+}
+
+
+def patched() -> bool:
+    """Whether somebody has replaced the forward of a class of torch.nn that a transformer's parts have."""
+    return any(cls.forward is not forward for cls, forward in _FORWARDS.items())
+
+
 def unheard(module: nn.Module, known: type[nn.Module]) -> bool:
     """Whether calling the module is what its class does, and nobody listens: then its work can be done elsewhere."""
     if torch.compiler.is_compiling() or type(module) is not known or changed(module):
+        return False
+    if known.forward is not _FORWARDS[known]:
         return False
     return not nn.modules.module._has_any_global_hook()
 

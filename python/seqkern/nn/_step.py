@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from seqkern.nn._modules import activation_name, changed
+from seqkern.nn._modules import activation_name, changed, patched
 from seqkern.nn.attention import MultiheadAttention
 from seqkern.nn.cache import KVCache
 from seqkern.ops import _backend
@@ -130,7 +130,7 @@ def _called(plain: list[Step], x: Tensor, cache: KVCache, first: int, mask: Tens
 
 def is_plain(layer: nn.Module, features: int) -> bool:
     """Whether a layer's parts are what torch.nn makes them, and nobody listens: a kernel can compute what they do."""
-    if _has_any_global_hook() or not layer.__dict__.keys().isdisjoint(_OWN):
+    if _has_any_global_hook() or patched() or not layer.__dict__.keys().isdisjoint(_OWN):
         return False
     parts: dict[str, Any] = layer._modules
     for name, part in parts.items():

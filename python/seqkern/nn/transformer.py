@@ -6,6 +6,7 @@ where nobody would notice (`_whole`).
 """
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from inspect import signature
 
 import torch
@@ -85,6 +86,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         True  #: whether this very class's step and forward are `_step`'s and `_whole`'s; no subclass's are
     )
 
+    @wraps(nn.TransformerEncoderLayer.__init__)
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         _adopt(self)
@@ -145,6 +147,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         True  #: whether this very class's step and forward are `_step`'s and `_whole`'s; no subclass's are
     )
 
+    @wraps(nn.TransformerDecoderLayer.__init__)
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         _adopt(self)
@@ -483,6 +486,7 @@ class Transformer(nn.Transformer):
     torch.Size([3, 5, 8])
     """
 
+    @wraps(nn.Transformer.__init__)
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         given = signature(nn.Transformer.__init__).bind(self, *args, **kwargs).arguments

@@ -4,7 +4,13 @@ each of them and so takes 0.2 ms for a call of twenty."""
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
+
+
+def keep(ctx, *tensors: Tensor | None) -> None:
+    """``ctx.save_for_backward``, but copies of inference tensors, which may not be saved: a frozen encoder's output."""
+    ctx.save_for_backward(*(t.clone() if t is not None and t.is_inference() else t for t in tensors))
 
 
 def register_autograd(

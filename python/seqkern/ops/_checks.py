@@ -247,7 +247,7 @@ def check_uniform(op: str, packed: bool, tensors: Sequence[Tensor | None]) -> No
             f"{name}: input is {input.dtype} and the weights are {first.dtype}, expected one dtype; convert the input "
             f"with input.to({first.dtype}) or the model with model.to({input.dtype})"
         )
-    if not input.is_floating_point() or input.dtype.itemsize < 2:
+    if not (input.is_floating_point() or input.is_complex()) or input.dtype.itemsize < 2:
         raise RuntimeError(
             f"{name}: input and weights are {input.dtype}, expected a floating-point dtype of 16 bits or more; "
             "use .float()"

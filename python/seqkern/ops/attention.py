@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from seqkern.ops._attention_backends import triton_declines
-from seqkern.ops._autograd import register_autograd
+from seqkern.ops._autograd import keep, register_autograd
 from seqkern.ops._double_backward import through_spec
 from seqkern.spec import attention as spec
 from seqkern.spec.attention import Options, Tensors
@@ -186,7 +186,7 @@ def _backward_fake(grad_output, grad_lse, grad_weights, output, lse, *rest):
 
 def _forward_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[:2], *inputs[: len(TENSORS)])
+    keep(ctx, *output[:2], *inputs[: len(TENSORS)])
     ctx.options = inputs[len(TENSORS) :]
 
 
@@ -214,7 +214,7 @@ def _forward_backward(ctx, grad_output, grad_lse, grad_weights):
 def _backward_setup(ctx, inputs, output):
     grads, rest = inputs[:3], inputs[5:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*grads, *rest[: len(TENSORS)])
+    keep(ctx, *grads, *rest[: len(TENSORS)])
     ctx.options = rest[len(TENSORS) : -len(NEEDS)]
 
 

@@ -10,7 +10,7 @@ implementations on a CPU; the schemas, the shapes and the gradients stand here.
 import torch
 import torch.nn.functional as F
 
-from seqkern.ops._autograd import register_autograd
+from seqkern.ops._autograd import keep, register_autograd
 from seqkern.ops._linear_backends import gradient_of_weights_is_ours
 
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2}
@@ -43,7 +43,11 @@ def _fake_ending(y, bias, activation, x, weight, norm_bias, eps):
 def _setup(ctx, inputs, output):
     input, weight, bias, ctx.activation = inputs
     of_activation = {0: None, 1: output, 2: bias}[ctx.activation]
-    ctx.save_for_backward(input, weight, of_activation)
+    need_input, need_weight = ctx.needs_input_grad[:2]
+    anew = ctx.activation == ACTIVATIONS["gelu"]
+    ctx.input_shape = input.shape
+    # What no gradient reads may be written to, as with torch's.
+    keep(ctx, input if need_weight or anew else None, weight if need_input or anew else None, of_activation)
 
 
 def _backward(ctx, grad):
@@ -53,19 +57,20 @@ def _backward(ctx, grad):
         grad = torch.where(kept > 0, grad, 0)
     elif ctx.activation == ACTIVATIONS["gelu"]:
         grad = torch.ops.aten.gelu_backward(grad, F.linear(input, weight, kept))
-    rows, inputs = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
+    rows = grad.reshape(-1, grad.shape[-1])
     of_input = _direct_mm if rows.numel() else torch.mm
-    of_weight = of_input if gradient_of_weights_is_ours(len(rows), weight.dtype) else torch.mm
+    of_weight = of_input if gradient_of_weights_is_ours(len(rows), rows.dtype) else torch.mm
     return (
-        of_input(rows, weight).reshape(input.shape) if need_input else None,
-        of_weight(rows.mT, inputs) if need_weight else None,
+        of_input(rows, weight).reshape(ctx.input_shape) if need_input else None,
+        of_weight(rows.mT, input.reshape(-1, input.shape[-1])) if need_weight else None,
         rows.sum(0) if need_bias else None,
         None,
     )
 
 
 def _setup_mm(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    (a, b), (need_a, need_b) = inputs, ctx.needs_input_grad[:2]
+    keep(ctx, a if need_b else None, b if need_a else None)
 
 
 def _backward_mm(ctx, grad):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from seqkern import spec
 from seqkern.ops import _gpu
-from seqkern.ops._autograd import register_autograd
+from seqkern.ops._autograd import keep, register_autograd
 from seqkern.ops._double_backward import through_spec
 
 TENSORS = [
@@ -138,7 +138,7 @@ def _forward_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(reserve)
     ctx.set_materialize_grads(False)
     # A copy: what follows may write into the output, as ReLU(inplace=True) does, and torch's layers let it.
-    ctx.save_for_backward(out.clone(), reserve, *tensors)
+    keep(ctx, out.clone(), reserve, *tensors)
     ctx.cell, ctx.save = cell, save
     ctx.h_n_shape = output[1].shape
     ctx.c_n_shape = c_n.shape
@@ -175,7 +175,7 @@ def _forward_backward(ctx, grad_output, grad_h_n, grad_c_n, _):
 def _backward_setup(ctx, inputs, output):
     grad_output, grad_h_n, grad_c_n, _, _, *tensors, ctx.cell, ctx.need_input, ctx.need_weights = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad_output, grad_h_n, grad_c_n, *tensors)
+    keep(ctx, grad_output, grad_h_n, grad_c_n, *tensors)
 
 
 def _backward_backward(ctx, *grad_grads):

@@ -1,0 +1,166 @@
+"""What owners of a model do with it besides calling it, and what they get of torch's modules there."""
+
+import pytest
+import torch
+from torch import nn
+
+import seqkern
+from seqkern import functional
+
+E, H, FF, B, L, S = 8, 2, 16, 2, 5, 3
+
+
+def gradients(module, *inputs):
+    found = module(*inputs)
+    (found[0] if isinstance(found, tuple) else found).square().sum().backward()
+    return [p.grad for p in module.parameters()]
+
+
+INFERRED = {
+    "GRU": (lambda: nn.GRU(E, E, batch_first=True), 1),
+    "LSTM": (lambda: nn.LSTM(E, E), 1),
+    "MultiheadAttention": (lambda: nn.MultiheadAttention(E, H, batch_first=True), 3),
+    "TransformerDecoderLayer": (lambda: nn.TransformerDecoderLayer(E, H, FF, 0.0, batch_first=True), 2),
+    "Transformer": (lambda: nn.Transformer(E, H, 1, 1, FF, 0.0, batch_first=True), 2),
+}
+
+
+@pytest.mark.parametrize("forced", [None, pytest.param("cpu", marks=pytest.mark.built)])
+@pytest.mark.parametrize("name", INFERRED)
+def test_what_a_frozen_encoder_gave_in_inference_mode(name, forced):
+    """Autograd may not save inference tensors; torch's modules with the batch first happen to copy them."""
+    make, inputs = INFERRED[name]
+    module = seqkern.accelerate(make())
+    with torch.inference_mode():
+        x = torch.randn(B, L, E)
+    with seqkern.backend(forced):
+        got = gradients(module, *(x,) * inputs)
+        module.zero_grad()
+        want = gradients(module, *(x.clone(),) * inputs)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_attention_of_inference_tensors():
+    with torch.inference_mode():
+        k = torch.randn(B, H, S, 4)
+    q = torch.randn(B, H, L, 4, requires_grad=True)
+    functional.attention(q, k, k).sum().backward()
+    functional.scaled_dot_product_attention(q, k, k).sum().backward()
+    assert q.grad.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer", "Transformer"])
+def test_signatures_are_torchs(name):
+    """skip_init asks a constructor for its device."""
+    module = nn.utils.skip_init(getattr(seqkern.nn, name), E, H)
+    assert type(module) is getattr(seqkern.nn, name)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_complex_numbers_are_torchs(kind):
+    module = kind(3, 4).to(torch.complex64)
+    x = torch.randn(*((5, 2, 3) if kind in (nn.LSTM, nn.GRU) else (2, 3)), dtype=torch.complex64)
+    want = module(x)[0]
+    torch.testing.assert_close(seqkern.accelerate(module)(x)[0], want)
+
+
+@pytest.mark.native
+@pytest.mark.built
+class TestFreedStorage:
+    """As FSDP does between uses of a layer. torch's layers raise, its LSTM reads where nothing is."""
+
+    says = "no memory: its storage was freed"
+
+    @staticmethod
+    def freed(module):
+        for p in module.parameters():
+            p.data.untyped_storage().resize_(0)
+        return module
+
+    @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+    def test_layers(self, kind):
+        with pytest.raises(RuntimeError, match=self.says):
+            self.freed(seqkern.accelerate(kind(3, 4)))(torch.randn(5, 2, 3))
+
+    def test_cells(self):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=self.says):
+            self.freed(seqkern.accelerate(nn.GRUCell(3, 4)))(torch.randn(2, 3), torch.randn(2, 4))
+
+    def test_between_forward_and_backward(self):
+        module = seqkern.accelerate(nn.GRU(3, 4))
+        output = module(torch.randn(5, 2, 3))[0]
+        self.freed(module)
+        with pytest.raises(RuntimeError, match=self.says):
+            output.sum().backward()
+
+    def test_attention_and_linear(self):
+        q = torch.randn(1, 2, 3, 4)
+        k = torch.randn(1, 2, 3, 4)
+        k.untyped_storage().resize_(0)
+        for call in (functional.attention, functional.scaled_dot_product_attention):
+            with pytest.raises(RuntimeError, match=self.says):
+                call(q, k, q)
+        w = torch.randn(600, 500)
+        w.untyped_storage().resize_(0)
+        with torch.no_grad(), pytest.raises(RuntimeError, match=self.says):
+            functional.linear(torch.randn(2, 500), w)
+
+    def test_a_decoding_step(self):
+        stack = seqkern.nn.TransformerEncoder(
+            seqkern.nn.TransformerEncoderLayer(E, H, FF, batch_first=True), 1
+        )
+        stack.eval().requires_grad_(False).layers[0].linear1.weight.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=self.says):
+            stack.step(torch.randn(B, 1, E), cache=seqkern.nn.KVCache())
+
+
+PARTS = {"linear1": (nn.Linear, FF), "norm2": (nn.LayerNorm, E), "dropout1": (nn.Dropout, E)}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_forward_that_was_replaced_on_a_parts_class_is_called(monkeypatch, part, training):
+    layer = nn.TransformerDecoderLayer(E, H, FF, 0.0, batch_first=True).train(training)
+    x, memory = torch.randn(B, L, E), torch.randn(B, S, E)
+    kind, _ = PARTS[part]
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * forward(self, x))
+    with torch.set_grad_enabled(training):
+        want = layer(x, memory)
+        torch.testing.assert_close(seqkern.accelerate(layer)(x, memory), want)
+
+
+@pytest.mark.built
+class TestWhatIsSaved:
+    """Only what a gradient reads may not be written to before the backward."""
+
+    def test_the_input_of_frozen_weights(self):
+        x, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+        y = x * 1
+        with seqkern.backend("cpu"):
+            z = functional.linear(y, w)
+        y.zero_()
+        z.sum().backward()
+        torch.testing.assert_close(x.grad, w.sum(0).expand(3, 4))
+
+    def test_weights_where_the_input_wants_no_gradient(self):
+        x, w = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
+        with seqkern.backend("cpu"):
+            z = functional.linear(x, w)
+        with torch.no_grad():
+            w.zero_()
+        z.sum().backward()
+        torch.testing.assert_close(w.grad, x.sum(0).expand(5, 4))
+
+    def test_what_is_read_is_watched(self):
+        x, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+        for changed in (x, w):
+            with seqkern.backend("cpu"):
+                z = functional.linear(x, w)
+            with torch.no_grad():
+                changed.zero_()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                z.sum().backward()
