@@ -13,6 +13,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <utility>
 
 #include "team.h"
 
@@ -145,31 +146,32 @@ int threads_for(const Layer& c) {
 }
 
 // New memory costs a fault and a cleared page for every 4 KB of it, as much time as a small call's
-// arithmetic.
+// arithmetic. A thread keeps a few blocks of its own, and one that is larger, as the packed weights of a wide
+// layer, where all threads together have not kept too much.
 class KeptMemory {
   public:
     ~KeptMemory() {
         while (count_) std::free(remove(0));
+        drop_large();
     }
 
     void* take(unsigned long bytes) {
+        if (bytes > MOST_KEPT) {
+            if (large_ && large_->bytes >= bytes) {
+                large_kept -= large_->bytes;
+                return std::exchange(large_, nullptr) + 1;
+            }
+            return fresh(bytes);
+        }
         int i = 0;
         while (i < count_ && blocks_[i]->bytes < bytes) ++i;  // to the smallest that fits
-        if (i < count_) return remove(i) + 1;
-        const bool huge = bytes >= WORTH_HUGE_PAGES;
-        if (huge) bytes = (bytes + sizeof(Block) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE - sizeof(Block);
-        void* p = nullptr;
-        if (posix_memalign(&p, huge ? HUGE_PAGE : alignof(Block), sizeof(Block) + bytes)) return nullptr;
-#ifdef MADV_HUGEPAGE
-        if (huge) madvise(p, sizeof(Block) + bytes, MADV_HUGEPAGE);  // a wish: without it pages are small
-#endif
-        return new (p) Block{bytes} + 1;
+        return i < count_ ? remove(i) + 1 : fresh(bytes);
     }
 
     void give(void* p) {
         if (!p) return;
         Block* block = static_cast<Block*>(p) - 1;
-        if (block->bytes > MOST_KEPT) return std::free(block);
+        if (block->bytes > MOST_KEPT) return give_large(block);
         while (count_ == MOST_BLOCKS || kept_ + block->bytes > MOST_KEPT) std::free(remove(0));
         int i = count_++;
         for (; i > 0 && blocks_[i - 1]->bytes > block->bytes; --i) blocks_[i] = blocks_[i - 1];
@@ -181,11 +183,23 @@ class KeptMemory {
     struct alignas(64) Block {
         unsigned long bytes;
     };
-    static constexpr unsigned long MOST_KEPT = 8u << 20;  // of a thread
+    static constexpr unsigned long MOST_KEPT = 8u << 20;    // of a thread, in blocks of up to this size
+    static constexpr unsigned long MOST_LARGE = 64u << 20;  // of all threads, in larger ones
     static constexpr int MOST_BLOCKS = 8;
     // Packed weights of this size are walked through in every step, and more small pages than the processor
     // remembers addresses of.
     static constexpr unsigned long HUGE_PAGE = 2u << 20, WORTH_HUGE_PAGES = 2 * HUGE_PAGE;
+
+    static void* fresh(unsigned long bytes) {
+        const bool huge = bytes >= WORTH_HUGE_PAGES;
+        if (huge) bytes = (bytes + sizeof(Block) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE - sizeof(Block);
+        void* p = nullptr;
+        if (posix_memalign(&p, huge ? HUGE_PAGE : alignof(Block), sizeof(Block) + bytes)) return nullptr;
+#ifdef MADV_HUGEPAGE
+        if (huge) madvise(p, sizeof(Block) + bytes, MADV_HUGEPAGE);  // a wish: without it pages are small
+#endif
+        return new (p) Block{bytes} + 1;
+    }
 
     Block* remove(int i) {
         Block* block = blocks_[i];
@@ -195,9 +209,27 @@ class KeptMemory {
         return block;
     }
 
+    void give_large(Block* block) {
+        if (large_ && large_->bytes >= block->bytes) return std::free(block);
+        drop_large();
+        if ((large_kept += block->bytes) <= MOST_LARGE) {
+            large_ = block;
+        } else {
+            large_kept -= block->bytes;
+            std::free(block);
+        }
+    }
+
+    void drop_large() {
+        if (large_) large_kept -= large_->bytes;
+        std::free(std::exchange(large_, nullptr));
+    }
+
+    static inline std::atomic<unsigned long> large_kept{0};
     Block* blocks_[MOST_BLOCKS];  // by size
     int count_ = 0;
     unsigned long kept_ = 0;
+    Block* large_ = nullptr;
 };
 
 thread_local KeptMemory kept_memory;

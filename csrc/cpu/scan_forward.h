@@ -15,8 +15,10 @@ struct ForwardChunk {
 };
 constexpr ForwardChunk FORWARD_CHUNK = {128, 1L << 20}, FORWARD_CHUNK_OF_FAR_WEIGHTS = {512, 4L << 20};
 constexpr long FAR_WEIGHTS = SEQKERN_VECTOR_BYTES == 32 ? 2L << 20 : __LONG_MAX__;  // bytes
-constexpr long ROWS_WORTH_PACKING = 64;  // with fewer, weights are read as they lie
-constexpr long PANELS_OF_A_ROW = 32;     // 4 to 16 KB of pre-activations
+// With fewer rows weights are read as they lie. One step reads them once, and packs them for itself alone.
+constexpr long ROWS_WORTH_PACKING = 64;
+constexpr long ROWS_OF_A_STEP_WORTH_PACKING = SEQKERN_VECTOR_BYTES == 64 ? 97 : ROWS_WORTH_PACKING;
+constexpr long PANELS_OF_A_ROW = 32;  // 4 to 16 KB of pre-activations
 // With AVX2 a tile of 128 steps spends a tenth of its time on its ends. Rows of a call, and steps of the
 // panels of both weights in 32 KB.
 constexpr long ROWS_AT_ONCE = 16, DEPTH_AT_ONCE = 512;
@@ -43,7 +45,7 @@ struct ForwardScan {
     ForwardScan(const ForwardCall& call, Arena& arena)
         : c(call),
           s(call),
-          lying_x(c.N < ROWS_WORTH_PACKING),
+          lying_x(c.N < (c.T == 1 && !ROUNDED ? ROWS_OF_A_STEP_WORTH_PACKING : ROWS_WORTH_PACKING)),
           lying_h(lying_x || (c.B == 1 && !worth_packing(c))),
           at_once(CAN_BE_AT_ONCE && !lying_x && !c.packed && c.B >= ROWS_AT_ONCE &&
                   c.I + c.P <= DEPTH_AT_ONCE) {
