@@ -9,6 +9,7 @@ import seqkern
 from seqkern import functional
 from seqkern.testing import (
     DTYPES,
+    check_op,
     make_case,
     on_threads,
     oracle,
@@ -18,7 +19,11 @@ from seqkern.testing import (
     torch_errors,
 )
 
-pytestmark = [pytest.mark.native, pytest.mark.built]
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.built,
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),  # torch's
+]
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 MODULES = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn_tanh": nn.RNNCell}
 op = torch.ops.seqkern.rnn_step
@@ -58,6 +63,15 @@ def test_meets_the_oracle(isa, dtype, cell):
         assert t is None or relative_rms(t, want[name]) <= tolerance(dtype, errors[name])
 
 
+@pytest.mark.parametrize("form", ["step", "dense", "packed"])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows_of_a_single_step(isa, dtype, cell, form):
+    """Weights that are packed panel by panel, for one use each."""
+    sizes = {"T": 1, "B": 131, "I": 40, "H": 65, "proj": 20 if cell == "lstm" and form != "step" else 0}
+    check_op(make_case(cell, form, dtype, **sizes, bidirectional=form != "step"), what=f"{isa} {cell} {form}")
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_any_strides(isa, cell):
     """Every other number of a row, every other row, columns for rows, one row for all."""
@@ -78,8 +92,11 @@ def test_any_strides(isa, cell):
     assert torch.equal(one[0], alone[0])
 
 
-def test_any_number_of_threads():
-    given = arguments(make_case("lstm", "step", torch.float32, B=40, I=130, H=257))
+@pytest.mark.parametrize("sizes", [(40, 130, 257), (64, 300, 512), (131, 40, 600)], ids=str)
+def test_any_number_of_threads(sizes):
+    """Rows are shared out, or units: where the weights are large and the rows not many."""
+    B, I, H = sizes
+    given = arguments(make_case("lstm", "step", torch.float32, B=B, I=I, H=H))
     first, *others = on_threads(lambda: op(*given))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
 

@@ -89,12 +89,15 @@ struct Group {
     bool patient;  // steps are long: nobody leaves for a wait
 };
 
-// Where there are rows for all, but W_hh is read from far in every step: each thread reads its part of it for
-// all rows rather than all of it for its rows.
+// Where there are rows for all, but W_hh is read from far in every step, or in the only one: each thread
+// reads its part of it for all rows rather than all of it for its rows.
 SK_INLINE bool parts_weights(const Layer& c, long per_direction) {
-    constexpr long FAR = 8L << 20, MOST_ROWS = 64;  // bytes; rows of a thread
+    constexpr long FAR = 8L << 20, FAR_FOR_A_STEP = 1L << 20,
+                   MOST_ROWS = 64;  // bytes, bytes; rows of a thread
     const long gates = c.cell == Cell::lstm ? 4 : c.cell == Cell::gru ? 3 : 1;
     const long bytes = gates * c.H * c.P * (c.dtype == Dtype::f64 ? 8 : 4);
+    if (SEQKERN_VECTOR_BYTES == 64 && c.T == 1)
+        return bytes >= FAR_FOR_A_STEP && c.B <= per_direction * MOST_ROWS;
     return SEQKERN_VECTOR_BYTES == 32 && bytes >= FAR && c.B >= per_direction * ROWS_WORTH_A_THREAD &&
            c.B <= per_direction * MOST_ROWS;
 }

@@ -68,10 +68,9 @@ template <class CellT, class E, class S, class A>
 void pack_gates(E* to, const S* w, long K, const Shape<CellT, A>& s, long panel) {
     using Sh = Shape<CellT, A>;
     constexpr int n = Sh::n, U = Sh::U, PART = Sh::PART;
-    E* out = to + panel * whole_steps<E>(K) * Sh::W;
     for (int v = 0; v < Sh::NV; ++v) {
         const long unit = (panel * U + v % U) * n;
-        E* part = out + v / PART * whole_steps<E>(K) * PART * n;
+        E* part = to + v / PART * whole_steps<E>(K) * PART * n;
         pack_transposed<E>(part + v % PART * Factor<E>::width, PART * n, w + (v / U * s.H + unit) * K, K,
                            s.H - unit, K);
     }

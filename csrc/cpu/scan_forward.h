@@ -35,6 +35,7 @@ struct ForwardScan {
     Sh s;
     const bool lying_x, lying_h;  // whether weights are read as they lie
     const bool at_once;           // whether one matmul in each step takes inputs and states
+    const bool passing;           // whether each panel is packed for one use, of the only step
     struct {
         E *w_ih, *w_hh, *w_hr;  // packed; null where they are read as they lie
         A *bias_x, *bias_r;     // [panel][W]; bias_r only where the cell keeps r apart
@@ -48,12 +49,13 @@ struct ForwardScan {
           lying_x(c.N < (c.T == 1 && !ROUNDED ? ROWS_OF_A_STEP_WORTH_PACKING : ROWS_WORTH_PACKING)),
           lying_h(lying_x || (c.B == 1 && !worth_packing(c))),
           at_once(CAN_BE_AT_ONCE && !lying_x && !c.packed && c.B >= ROWS_AT_ONCE &&
-                  c.I + c.P <= DEPTH_AT_ONCE) {
+                  c.I + c.P <= DEPTH_AT_ONCE),
+          passing(c.T == 1 && !lying_x && !at_once) {
         long panels = s.blocks_h * Sh::PANELS;
         for (int i = 0; i < c.D; ++i) {
             const bool projected = c.weights[i].w_hr;
-            d[i].w_ih = lying_x ? nullptr : arena.take<E>(panels * whole_steps<E>(c.I) * W);
-            d[i].w_hh = lying_h ? nullptr : arena.take<E>(panels * whole_steps<E>(c.P) * W);
+            d[i].w_ih = lying_x || passing ? nullptr : arena.take<E>(panels * whole_steps<E>(c.I) * W);
+            d[i].w_hh = lying_h || passing ? nullptr : arena.take<E>(panels * whole_steps<E>(c.P) * W);
             d[i].w_hr =
                 projected && !lying_h ? arena.take<E>(s.blocks_p * whole_steps<E>(c.H) * 2 * n) : nullptr;
             d[i].bias_x = arena.take<A>(panels * W);
@@ -73,14 +75,25 @@ struct ForwardScan {
         return ROUNDED || (SEQKERN_ACCUMULATORS < 16 && G * c.H * c.P * sizeof(E) >= BYTES);
     }
 
+    static E* panel_of(E* packed, long K, long p) { return packed + p * whole_steps<E>(K) * W; }
+
+    // o[row][W] (+)= a[row][K] times panel p of w, packed here and now.
+    void gates_in_passing(const void* w, long K, long p, E* room, long rows, const E* a, long lda, A* o,
+                          bool accumulate) const {
+        pack_gates<CellT>(room, static_cast<const S*>(w), K, s, p);
+        gates_times<CellT, E, A>(rows, a, lda, room, 0, 1, K, o, 0, accumulate);
+    }
+
     // Each thread packs what it is likely to read: whole directions, then neighbouring panels.
     void prepare(const Team& team) {
         Range own = share(c.D * s.blocks_h, team.thread, team.threads);
         for (long item = own.begin * Sh::PANELS; item < own.end * Sh::PANELS; ++item) {
             const long i = item / (s.blocks_h * Sh::PANELS), p = item % (s.blocks_h * Sh::PANELS);
             const auto& w = c.weights[i];
-            if (!lying_x) pack_gates<CellT>(d[i].w_ih, static_cast<const S*>(w.w_ih), c.I, s, p);
-            if (!lying_h) pack_gates<CellT>(d[i].w_hh, static_cast<const S*>(w.w_hh), c.P, s, p);
+            if (d[i].w_ih)
+                pack_gates<CellT>(panel_of(d[i].w_ih, c.I, p), static_cast<const S*>(w.w_ih), c.I, s, p);
+            if (d[i].w_hh)
+                pack_gates<CellT>(panel_of(d[i].w_hh, c.P, p), static_cast<const S*>(w.w_hh), c.P, s, p);
             pack_bias(i, p);
         }
         own = share(d[0].w_hr ? c.D * s.blocks_p : 0, team.thread, team.threads);
@@ -277,6 +290,7 @@ struct ForwardScan {
         long rows, room;  // rows of a chunk; of x, in rows of one panel
         E* input;
         A *x, *r;
+        E* panel;  // of weights that are packed in passing
     };
     Buffers lay_out(Arena& arena, const Group& g) const {
         Range blocks = share(s.blocks_h, g.member, g.members);
@@ -288,8 +302,12 @@ struct ForwardScan {
         const long rows = min_of(width * c.T, max_of(width, min_of(fitting, chunk.rows)));
         const long room =
             max_of(panels * rows, s.blocks_h * Sh::PANELS * width);  // of one step, if left alone
-        return {rows, room, arena.take<E>(rows * s.ld_i), arena.take<A>(room * W),
-                arena.take<A>(max_of(width * 4, PANELS_OF_A_ROW) * W)};
+        return {rows,
+                room,
+                arena.take<E>(rows * s.ld_i),
+                arena.take<A>(room * W),
+                arena.take<A>(max_of(width * 4, PANELS_OF_A_ROW) * W),
+                passing ? arena.take<E>(whole_steps<E>(max_of(c.I, c.P)) * W) : nullptr};
     }
 
     void run_group(Group g, const Buffers& buf, Barrier* joint) {
@@ -318,6 +336,10 @@ struct ForwardScan {
                 for (long p = 0; p < panels; ++p)
                     gates_as_they_lie(c.weights[dir].w_ih, c.I, p0 + p, false, rows, buf.input, s.ld_i,
                                       buf.x + p * chunk_rows * W, false);
+            } else if (passing) {
+                for (long p = 0; p < panels; ++p)
+                    gates_in_passing(c.weights[dir].w_ih, c.I, p0 + p, buf.panel, rows, buf.input, s.ld_i,
+                                     buf.x + p * chunk_rows * W, false);
             } else if (!at_once) {
                 gates_times<CellT, E, A>(rows, buf.input, s.ld_i, d[dir].w_ih, p0, panels, c.I, buf.x,
                                          chunk_rows * W, false);
@@ -368,6 +390,10 @@ struct ForwardScan {
                     gates_as_they_lie(c.weights[dir].w_hh, c.P, p0 + p + j, backwards, m, a, s.ld_p,
                                       out + j * (CellT::APART ? m * W : x_stride), !CellT::APART);
                 }
+            } else if (passing) {
+                for (long i = 0; i < count; ++i)
+                    gates_in_passing(c.weights[dir].w_hh, c.P, p0 + p + i, buf.panel, m, a, s.ld_p,
+                                     out + i * (CellT::APART ? m * W : x_stride), !CellT::APART);
             } else if (CAN_BE_AT_ONCE && at_once) {
                 if constexpr (CAN_BE_AT_ONCE)
                     for (long i = 0; i < count; ++i)
