@@ -9,15 +9,6 @@ namespace {
 
 using namespace seqkern;
 
-Cell cell_named(const std::string& name) {
-    if (name == "lstm") return Cell::lstm;
-    if (name == "gru") return Cell::gru;
-    if (name == "rnn_tanh") return Cell::rnn_tanh;
-    SK_REQUIRE(name == "rnn_relu", "cell is '", name, "', expected lstm, gru, rnn_tanh or rnn_relu");
-    return Cell::rnn_relu;
-}
-
-long gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
 long reserve_of(Cell cell) { return cell == Cell::lstm ? 5 : cell == Cell::gru ? 4 : 0; }
 
 // The tensors of a call, checked, and the plain copies that its pointers point into.
@@ -176,9 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_forward(Tensor input, Maybe batch
 bool fits(const Tensor& input, const Tensor& hx, const Maybe& cx, const Tensor& w_ih, const Tensor& w_hh,
           const Maybe& b_ih, const Maybe& b_hh, Cell cell) {
     const auto dtype = input.scalar_type();
-    if (dtype != ScalarType::Float && dtype != ScalarType::Double && dtype != ScalarType::BFloat16 &&
-        dtype != ScalarType::Half)
-        return false;
+    if (!serves(dtype)) return false;
     if (input.dim() != 2 || w_hh.dim() != 2 || b_ih.has_value() != b_hh.has_value() ||
         cx.has_value() != (cell == Cell::lstm))
         return false;

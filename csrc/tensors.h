@@ -1,4 +1,4 @@
-// What the ops share at the border to torch: dtypes, sizes, new tensors.
+// What the ops share at the border to torch: dtypes, cells, sizes, new tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -20,6 +20,21 @@ using Maybe = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 
 #define SK_REQUIRE(condition, ...) STD_TORCH_CHECK(condition, "seqkern: ", __VA_ARGS__)
+
+inline bool serves(ScalarType dtype) {
+    return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+           dtype == ScalarType::Half;
+}
+
+inline Cell cell_named(const std::string& name) {
+    if (name == "lstm") return Cell::lstm;
+    if (name == "gru") return Cell::gru;
+    if (name == "rnn_tanh") return Cell::rnn_tanh;
+    SK_REQUIRE(name == "rnn_relu", "cell is '", name, "', expected lstm, gru, rnn_tanh or rnn_relu");
+    return Cell::rnn_relu;
+}
+
+inline long gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
 
 inline Dtype dtype_of(const Tensor& t) {
     switch (t.scalar_type()) {

@@ -139,13 +139,13 @@ def test_no_rows_are_served():
 
 
 def calls(monkeypatch, run) -> int:
-    """How many steps went by the op."""
+    """How many steps the op served."""
     room = functional.rnn_cell.__globals__
     step, seen = room["_step"], []
-    monkeypatch.setitem(room, "_step", lambda *args: seen.append(args) or step(*args))
+    monkeypatch.setitem(room, "_step", lambda *args: seen.append(step(*args)) or seen[-1])
     run()
     monkeypatch.undo()
-    return len(seen)
+    return sum(output is not None for output, _ in seen)
 
 
 @pytest.mark.parametrize("cell", MODULES)

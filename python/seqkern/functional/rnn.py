@@ -16,9 +16,9 @@ __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 _GATES = {name: cell.gates for name, cell in spec.CELLS.items()}
 _NO_BACKWARD: tuple[None, ...] = (None,) * 5
 _forward = torch.ops.seqkern.rnn_forward.default
-_step = (
-    torch.ops.seqkern.rnn_step.default._op if _backend.CPU_READY else None
-)  # past a Python function around it
+# Past a Python function around each.
+_step = torch.ops.seqkern.rnn_step.default._op if _backend.CPU_READY else None
+_stack = torch.ops.seqkern.rnn_layers.default._op if _backend.CPU_READY else None
 _FLAT = {2: (0, 1, None, None, None), 3: (0, 1, None, None, 2), 4: (0, 1, 2, 3, None), 5: (0, 1, 2, 3, 4)}
 
 Weights = tuple[Tensor | None, ...]  # w_ih, w_hh, b_ih, b_hh, w_hr of one direction
@@ -39,6 +39,18 @@ def _name(backend: str | None, op: str, tensors: Weights, packed: bool = False) 
     return _backend.choose(_backend.Call(op, tensors), backend).name
 
 
+def _nobody_looks_on(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the compiled kernels may run on a CPU without a gradient, past the checks and the choice."""
+    if _backend.special or _backend.is_looked_on():
+        return False
+    for x in tensors:
+        if x is not None and (type(x) not in _backend.PLAIN or not x.is_cpu):
+            return False
+    if torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
+        return False
+    return not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))  # type: ignore[attr-defined]
+
+
 def _short_step(
     cell: str,
     input: Tensor,
@@ -49,21 +61,38 @@ def _short_step(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """A step that the compiled kernels serve, on a CPU, without a gradient, where nobody looks on; past the checks and
-    the choice, which would take longer than a small step. (None, None): the long way finds out who serves it."""
-    if not _step or _backend.special or _backend.is_looked_on():
-        return None, None
-    for x in (input, hx, cx, w_ih, w_hh, b_ih, b_hh):
-        if x is not None and (type(x) not in _backend.PLAIN or not x.is_cpu):
-            return None, None
-    if torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
-        return None, None
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, hx, cx, w_ih, w_hh, b_ih, b_hh):  # type: ignore[attr-defined]
+    """A step that the compiled kernels serve at once. (None, None): the long way finds out who serves it."""
+    if not _step or not _nobody_looks_on((input, hx, cx, w_ih, w_hh, b_ih, b_hh)):
         return None, None
     try:
         return _step(input, hx, cx, w_ih, w_hh, b_ih, b_hh, cell)
     except NotImplementedError:  # a layout of which the dispatcher knows nothing here
         return None, None
+
+
+def _short_layers(
+    cell: str,
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`_short_step` for a stack of layers over a dense batch."""
+    none = (None, None, None)
+    plain = (
+        type(weights) is list and type(num_layers) is int and type(bidirectional) is type(batch_first) is bool
+    )
+    if not _stack or not plain or not _nobody_looks_on((input, hx, cx, *weights)):
+        return none
+    if input.dtype is torch.bfloat16 and _linear_backends.BF16_TILES:
+        return none  # whose kernel is the faster one goes by the sizes
+    try:
+        return _stack(input, hx, cx, weights, num_layers, bidirectional, batch_first, cell)
+    except NotImplementedError:
+        return none
 
 
 def _cell(
@@ -291,6 +320,10 @@ def _layers(
     batch_first: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    if backend is None and batch_sizes is None and not (dropout and training and num_layers != 1):
+        output, h_n, c_n = _short_layers(cell, input, hx, cx, weights, num_layers, bidirectional, batch_first)
+        if output is not None:
+            return output, h_n, c_n  # type: ignore[return-value]
     directions = 2 if bidirectional else 1
     check_layers(cell, _GATES[cell], input, hx, cx, weights, batch_sizes, num_layers, directions, batch_first)
     lower = _cast_without_torch(cell, input, weights[1], batch_sizes)

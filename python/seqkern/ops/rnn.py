@@ -14,9 +14,9 @@ What does not exist (c_n of a cell other than lstm, the gradient of an absent bi
 The compiled library adds the implementations on a CPU, `seqkern.kernels.rnn` those on a GPU; the schemas, the shapes
 and the gradients stand here.
 
-``seqkern::rnn_step`` is one step of a cell with a batch, with the arguments of torch's cells and no gradient: the
-compiled kernels by a way so short that it does not count in a small step. It returns h' and, of an lstm, c'; (None,
-None) where they do not serve.
+``seqkern::rnn_step`` is one step of a cell with a batch, ``seqkern::rnn_layers`` a stack of layers over a dense batch,
+with the arguments of torch's cells and layers and no gradient: the compiled kernels by a way so short that it does not
+count in a small call. They return h' and, of an lstm, c'; the output, h_n and c_n; Nones where they do not serve.
 """
 
 from collections.abc import Sequence
@@ -54,6 +54,11 @@ _LIBRARY.define(
 _LIBRARY.define(
     "rnn_step(Tensor input, Tensor hx, Tensor? cx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, str cell)"
     " -> (Tensor? h, Tensor? c)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "rnn_layers(Tensor input, Tensor? hx, Tensor? cx, Tensor[] weights, int num_layers, bool bidirectional, "
+    "bool batch_first, str cell) -> (Tensor? output, Tensor? h_n, Tensor? c_n)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _gpu.serve(_LIBRARY, "rnn_forward", "seqkern.kernels.rnn", "forward")
@@ -125,6 +130,16 @@ def _backward_fake(grad_output, grad_h_n, grad_c_n, output, reserve, *rest):
         return need_input if name == "input" else need_weights or name in ("hx", "cx")
 
     return tuple(output.new_empty(found[name].shape if wanted(name) else (0,)) for name in GRADIENTS)
+
+
+@torch.library.register_fake("seqkern::rnn_layers", lib=_LIBRARY)
+def _layers_fake(input, hx, cx, weights, num_layers, bidirectional, batch_first, cell):
+    T, B = (input.shape[1], input.shape[0]) if batch_first else input.shape[:2]
+    directions, (rows, size) = 2 if bidirectional else 1, weights[1].shape
+    output = input.new_empty((T, B, directions * size))
+    sets = num_layers * directions
+    c_n = input.new_empty((sets, B, rows // spec.CELLS[cell].gates)) if cell == "lstm" else None
+    return output.transpose(0, 1) if batch_first else output, input.new_empty((sets, B, size)), c_n
 
 
 @torch.library.register_fake("seqkern::rnn_step", lib=_LIBRARY)
