@@ -117,17 +117,31 @@ class TestFreedStorage:
             stack.step(torch.randn(B, 1, E), cache=seqkern.nn.KVCache())
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_inference_tensors_are_copied_where_a_gradient_reads_them(wanted):
+    weight = torch.randn(4, 3, requires_grad=wanted)
+    with torch.inference_mode():
+        x = torch.randn(2, 3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        functional.linear(x, weight)
+    assert ("aten::clone" in {each.key for each in seen.key_averages()}) == wanted
+
+
 PARTS = {"linear1": (nn.Linear, FF), "norm2": (nn.LayerNorm, E), "dropout1": (nn.Dropout, E)}
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("part", PARTS)
-def test_a_forward_that_was_replaced_on_a_parts_class_is_called(monkeypatch, part, training):
+@pytest.mark.parametrize("name", ["forward", "__call__"])
+def test_what_was_replaced_on_a_parts_class_is_called(monkeypatch, name, part, training):
     layer = nn.TransformerDecoderLayer(E, H, FF, 0.0, batch_first=True).train(training)
     x, memory = torch.randn(B, L, E), torch.randn(B, S, E)
     kind, _ = PARTS[part]
     forward = kind.forward
-    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * forward(self, x))
+    if name == "forward":
+        monkeypatch.setattr(kind, "forward", lambda self, x: 2 * forward(self, x))
+    else:
+        monkeypatch.setattr(kind, "__call__", lambda self, x: 2 * forward(self, x))
     with torch.set_grad_enabled(training):
         want = layer(x, memory)
         torch.testing.assert_close(seqkern.accelerate(layer)(x, memory), want)

@@ -360,13 +360,13 @@ def test_sparse_weights_are_torchs(kind, stands_in):
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.parametrize("form", ["packed", "projected", "without oneDNN"])
+@pytest.mark.parametrize("form", ["packed", "projected", "empty", "without oneDNN"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_where_torchs_lstm_needs_no_kernel(form, dtype, monkeypatch):
     """What does not go to oneDNN runs on torch as ever, some of it in float32."""
     monkeypatch.setattr(_linear_backends, "TERM_BY_TERM", frozenset((dtype,)))
     theirs, ours = pair("LSTM", {"proj_size": 2} if form == "projected" else {})
-    x = torch.randn(T, B, I)
+    x = torch.randn(T, 0 if form == "empty" else B, I)
     given = pack_padded_sequence(x, [6, 4, 1]) if form == "packed" else x
     torch._C._set_mkldnn_enabled(form != "without oneDNN")
     try:

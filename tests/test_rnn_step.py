@@ -130,7 +130,23 @@ def test_what_it_does_not_serve(name):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_opcheck(cell):
-    torch.library.opcheck(op.default, arguments(make_case(cell, "step", torch.float32)))
+    given = arguments(make_case(cell, "step", torch.float32))
+    torch.library.opcheck(op.default, given)
+    across = [t.mT.contiguous().mT if isinstance(t, torch.Tensor) and t.dim() == 2 else t for t in given]
+    torch.library.opcheck(op.default, tuple(across))
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])
+@pytest.mark.parametrize("cell", ["lstm_cell", "gru_cell", "rnn_cell"])
+@torch.no_grad()
+def test_none_for_a_tensor_is_said(cell, at):
+    gates = {"lstm_cell": 4, "gru_cell": 3, "rnn_cell": 1}[cell]
+    h = torch.zeros(2, 4)
+    given = [torch.zeros(2, 3), (h, h) if cell == "lstm_cell" else h, torch.zeros(4 * gates, 3)]
+    given += [torch.zeros(4 * gates, 4)]
+    given[at] = None
+    with pytest.raises((AttributeError, TypeError), match=r"NoneType|no attribute"):
+        getattr(functional, cell)(*given)
 
 
 def test_no_rows_are_served():

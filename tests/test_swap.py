@@ -169,10 +169,11 @@ def test_no_module(verb, given):
         ("MultiheadAttention", "forward"),
         ("TransformerEncoderLayer", "_ff_block"),
         ("TransformerDecoderLayer", "_mha_block"),
+        ("GRUCell", "__call__"),
     ],
 )
 def test_a_class_that_somebody_patched_is_left_alone(monkeypatch, name, method):
-    sizes = (4, 4) if name in ("LSTM", "GRU", "LSTMCell") else (4, 2)
+    sizes = (4, 2) if name[0] in "TM" else (4, 4)
     before, after = (getattr(nn, name)(*sizes) for _ in range(2))
     seqkern.accelerate(before)
     monkeypatch.setattr(getattr(nn, name), method, lambda *_: torch.zeros(1))
@@ -204,9 +205,34 @@ def test_a_class_mixed_in_after_the_swap_stays(name):
     assert all(row.after is None for row in seqkern.swaps(model))
 
 
-def test_a_class_that_cannot_be_made_anew_is_said_before_anything_is_undone():
+class Written(seqkern.nn.LSTM):
+    """A class that can be imported."""
+
+
+def twice():
+    return type("Twice", (type("Once", (seqkern.nn.LSTM,), {}),), {})
+
+
+def calls_super():
+    class Local(Sharded, seqkern.nn.LSTM):
+        def forward(self, *args):
+            return super().forward(*args)
+
+    return Local
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (twice, r"Twice derives from seqkern\.nn\.LSTM by way of others"),
+        (lambda: Written, "Written is written in"),
+        (calls_super, r"Local has methods that call super\(\)"),
+    ],
+)
+def test_a_class_that_cannot_be_made_anew_is_said_before_anything_is_undone(make, says):
     model = seqkern.accelerate(nn.Sequential(nn.GRU(4, 4), nn.LSTM(4, 4)))
-    model[1].__class__ = type("Twice", (type("Once", (type(model[1]),), {}),), {})
-    with pytest.raises(TypeError, match=r"Twice derives from seqkern\.nn\.LSTM by way of others"):
+    model[1].__class__ = make()
+    with pytest.raises(TypeError, match=says):
         seqkern.restore(model)
     assert type(model[0]) is seqkern.nn.GRU
+    model[1](torch.randn(3, 2, 4))

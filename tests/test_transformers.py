@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import masking_utils  # noqa: E402
 
+from seqkern.integrations import _transformers_masks as door_masks  # noqa: E402
 from seqkern.integrations import transformers as door  # noqa: E402
 from seqkern.integrations._transformers_masks import Band, BandMask, band_of, make_mask  # noqa: E402
 
@@ -408,6 +409,23 @@ def test_parts_with_attention_of_their_own_refuse(name):
     model = getattr(transformers, name)._from_config(config, attn_implementation="seqkern")
     with pytest.raises(ValueError, match="computes its attention itself"):
         model(ids(1, LENGTH), attention_mask=torch.ones(1, LENGTH, dtype=torch.long))
+
+
+def test_a_model_beside_one_of_its_own_is_served():
+    """ESM's that folds names the same configuration, goes on from the results of the other, and is no reason."""
+    from transformers.models.esm import modeling_esmfold
+
+    door_masks._known.pop(transformers.EsmConfig, None)
+    assert not modeling_esmfold.EsmForProteinFolding._can_set_attn_implementation()
+    eager, ours = pair(Family("EsmModel", "EsmConfig", {**SIZES, "pad_token_id": 1, "mask_token_id": 2}))
+    inputs = inputs_of(BELIED["splinter"])
+    assert_same(result(ours, **inputs), result(eager, **inputs))
+
+
+def test_a_configuration_of_no_model_is_no_reason():
+    transformers.BloomModel  # noqa: B018  # loads it
+    config = transformers.PreTrainedConfig()
+    assert make_mask(1, 3, 3, config=config) is not None
 
 
 @pytest.mark.parametrize("name", ["indices", "block_indices", "sinks"])

@@ -72,7 +72,7 @@ def test_no_floating_output():
 def test_outputs_of_nan_are_no_success():
     """Nothing that is NaN in torch can be compared, and a model that gives nothing else was not verified."""
     model = nn.LSTM(3, 4)
-    with pytest.raises(ValueError, match="outputs have none in torch: look for NaN"):
+    with pytest.raises(ValueError, match="outputs have none in torch and in float64: look for NaN"):
         seqkern.verify(model, torch.full((5, 2, 3), torch.nan))
     result = seqkern.verify(model, torch.randn(5, 2, 3).index_fill_(1, torch.tensor([1]), torch.nan))
     assert result.ok

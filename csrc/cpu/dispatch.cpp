@@ -156,16 +156,16 @@ class KeptMemory {
     }
 
     void* take(unsigned long bytes) {
+        const bool huge = bytes >= WORTH_HUGE_PAGES;
+        if (huge) bytes = (bytes + sizeof(Block) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE - sizeof(Block);
         if (bytes > MOST_KEPT) {
-            if (large_ && large_->bytes >= bytes) {
-                large_kept -= large_->bytes;
-                return std::exchange(large_, nullptr) + 1;
-            }
-            return fresh(bytes);
+            if (!large_ || large_->bytes < bytes) return drop_large(), fresh(bytes, huge);
+            large_kept -= large_->bytes;
+            return std::exchange(large_, nullptr) + 1;
         }
         int i = 0;
         while (i < count_ && blocks_[i]->bytes < bytes) ++i;  // to the smallest that fits
-        return i < count_ ? remove(i) + 1 : fresh(bytes);
+        return i < count_ ? remove(i) + 1 : fresh(bytes, huge);
     }
 
     void give(void* p) {
@@ -179,6 +179,9 @@ class KeptMemory {
         kept_ += block->bytes;
     }
 
+    // In the child of a fork the other threads' blocks are nobody's.
+    void forget_others() { large_kept = large_ ? large_->bytes : 0; }
+
   private:
     struct alignas(64) Block {
         unsigned long bytes;
@@ -190,9 +193,7 @@ class KeptMemory {
     // remembers addresses of.
     static constexpr unsigned long HUGE_PAGE = 2u << 20, WORTH_HUGE_PAGES = 2 * HUGE_PAGE;
 
-    static void* fresh(unsigned long bytes) {
-        const bool huge = bytes >= WORTH_HUGE_PAGES;
-        if (huge) bytes = (bytes + sizeof(Block) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE - sizeof(Block);
+    static void* fresh(unsigned long bytes, [[maybe_unused]] bool huge) {
         void* p = nullptr;
         if (posix_memalign(&p, huge ? HUGE_PAGE : alignof(Block), sizeof(Block) + bytes)) return nullptr;
 #ifdef MADV_HUGEPAGE
@@ -233,6 +234,7 @@ class KeptMemory {
 };
 
 thread_local KeptMemory kept_memory;
+const int forgetting = pthread_atfork(nullptr, nullptr, [] { kept_memory.forget_others(); });
 
 template <class Call>
 void run(const Call& call, unsigned long bytes, void (*kernel)(const Call&, char*, const Team&)) {

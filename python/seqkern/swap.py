@@ -4,7 +4,9 @@ A swap changes a module's class and nothing else: parameters, buffers, hooks, th
 that hold the parameters and the ``state_dict`` stay the very objects they were.
 """
 
+import sys
 from collections.abc import Iterator
+from types import FunctionType
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -107,6 +109,9 @@ def _replaced(cls: type[nn.Module]) -> str:
     """A method of one of torch's classes that is not the one that it was when this module was imported."""
     for name, method in _METHODS[cls].items():
         if vars(cls).get(name) is not method:
+            return name
+    for name, value in vars(cls).items():  # `__call__`, say
+        if callable(value) and name not in _METHODS[cls] and hasattr(nn.Module, name):
             return name
     return ""
 
@@ -215,16 +220,34 @@ def _undone(module: nn.Module, back: dict[type[nn.Module], type[nn.Module]]) -> 
     cls = type(module)
     if cls in back:
         return back[cls]
-    if _class(module) not in cls.__bases__:
+    if why := _not_anew(cls, _class(module)):
         raise TypeError(
-            f"restore cannot undo what was done to the class of a module after accelerate: {_title(cls)} derives from "
-            f"{_title(_class(module))} by way of others; undo that first"
+            f"restore cannot undo what was done to the class of a module after accelerate: {_title(cls)} {why}; undo "
+            "that first"
         )
     body = {
         key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__", "__doc__")
     }
     make: type = type(cls)
     return make(cls.__name__, tuple(back.get(base, base) for base in cls.__bases__), body)
+
+
+def _not_anew(cls: type[nn.Module], ours: type[nn.Module]) -> str:
+    """Why a class that derives from ours cannot be made once more with another base; empty if it can."""
+    if ours not in cls.__bases__:
+        return f"derives from {_title(ours)} by way of others"
+    if getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls:
+        return (
+            f"is written in {cls.__module__}, and objects of another class by its name could not be pickled"
+        )
+    for value in vars(cls).values():
+        parts = (
+            (value.fget, value.fset) if isinstance(value, property) else (getattr(value, "__func__", value),)
+        )
+        codes = [each.__code__ for each in parts if isinstance(each, FunctionType)]
+        if any("__class__" in code.co_freevars for code in codes):
+            return "has methods that call super()"
+    return ""
 
 
 def swaps(model: nn.Module) -> list[Swap]:

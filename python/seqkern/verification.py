@@ -222,7 +222,7 @@ def verify(model: nn.Module, *inputs: Any) -> Verification:
     Raises:
         VerificationError: a tensor of ours is farther from float64 than 2 times torch's distance + 4 eps.
         TypeError: ``model`` is not a module.
-        ValueError: the model returns no floating-point tensor, or in torch not one finite number.
+        ValueError: the model returns no floating-point tensor, or no number that is finite in torch and in float64.
         RuntimeError: the model does not run in float64.
 
     >>> import torch, seqkern
@@ -252,8 +252,8 @@ def verify(model: nn.Module, *inputs: Any) -> Verification:
     outputs = [row for row in rows if row.name.startswith("output")]
     if any(row.numbers for row in outputs) and not any(row.compared for row in outputs):
         raise ValueError(
-            "verify compares finite numbers, and the model's outputs have none in torch: look for NaN or inf in "
-            "the inputs and parameters"
+            "verify compares finite numbers, and the model's outputs have none in torch and in float64: look for "
+            "NaN or inf in the inputs and parameters"
         )
     result = Verification(rows, dropout, swaps(fast), explain(fast, *inputs))
     if not result.ok:

@@ -40,7 +40,7 @@ def linear(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation is {activation!r}, expected 'relu', 'gelu' or None")
-    if _may_not_be_saved(input):
+    if _may_not_be_saved(input, weight, bias):
         input = input.clone()
     if not _is_ours(input, weight, bias):
         output = F.linear(input, weight, bias)
@@ -56,11 +56,11 @@ def linear(
     return output if fused == activation else _FUNCTIONS[activation](output)
 
 
-def _may_not_be_saved(input: Tensor) -> bool:
+def _may_not_be_saved(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether an input is an inference tensor that torch's backward would want; torch's modules copy it by chance."""
     if torch.compiler.is_compiling() or not (isinstance(input, Tensor) and input.is_inference()):
         return False
-    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    return not torch.is_inference_mode_enabled() and _backend.needs_grad((weight, bias))
 
 
 def _is_nobodys(output: Tensor, *made_of: Tensor | None) -> bool:

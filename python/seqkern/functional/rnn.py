@@ -39,16 +39,20 @@ def _name(backend: str | None, op: str, tensors: Weights, packed: bool = False) 
     return _backend.choose(_backend.Call(op, tensors), backend).name
 
 
-def _nobody_looks_on(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the compiled kernels may run on a CPU without a gradient, past the checks and the choice."""
+def _nobody_looks_on(given: Sequence[Tensor], perhaps: Weights) -> bool:
+    """Whether the compiled kernels may run on a CPU without a gradient, past the checks and the choice: on tensors
+    that are given, and some that may be None."""
     if _backend.special or _backend.is_looked_on():
         return False
-    for x in tensors:
+    for x in given:
+        if type(x) not in _backend.PLAIN or not x.is_cpu:
+            return False
+    for x in perhaps:
         if x is not None and (type(x) not in _backend.PLAIN or not x.is_cpu):
             return False
     if torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
         return False
-    return not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))  # type: ignore[attr-defined]
+    return not (torch.is_grad_enabled() and torch._C._any_requires_grad(*given, *perhaps))  # type: ignore[attr-defined]
 
 
 def _short_step(
@@ -62,7 +66,7 @@ def _short_step(
     b_hh: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """A step that the compiled kernels serve at once. (None, None): the long way finds out who serves it."""
-    if not _step or not _nobody_looks_on((input, hx, cx, w_ih, w_hh, b_ih, b_hh)):
+    if not _step or not _nobody_looks_on((input, hx, w_ih, w_hh), (cx, b_ih, b_hh)):
         return None, None
     try:
         return _step(input, hx, cx, w_ih, w_hh, b_ih, b_hh, cell)
@@ -85,7 +89,7 @@ def _short_layers(
     plain = (
         type(weights) is list and type(num_layers) is int and type(bidirectional) is type(batch_first) is bool
     )
-    if not _stack or not plain or not _nobody_looks_on((input, hx, cx, *weights)):
+    if not _stack or not plain or not _nobody_looks_on((input, *weights), (hx, cx)):
         return none
     if input.dtype is torch.bfloat16 and _linear_backends.BF16_TILES:
         return none  # whose kernel is the faster one goes by the sizes
@@ -296,11 +300,11 @@ def _cast_without_torch(
     cell: str, input: Tensor, w_hh: Tensor, batch_sizes: Tensor | None
 ) -> torch.dtype | None:
     """What autocast makes of an LSTM, where torch's own then finds no kernel for it on this processor and raises: of
-    those that go to oneDNN, which are neither packed nor projected."""
+    those that go to oneDNN, which are neither packed nor projected nor empty."""
     if cell != "lstm" or not input.is_cpu or not torch.is_autocast_enabled("cpu"):
         return None
     projected = w_hh.shape[0] != 4 * w_hh.shape[1]
-    if batch_sizes is not None or projected or not torch.backends.mkldnn.enabled:
+    if batch_sizes is not None or projected or not input.numel() or not torch.backends.mkldnn.enabled:
         return None
     lower = torch.get_autocast_dtype("cpu")
     return lower if lower in _linear_backends.TERM_BY_TERM else None

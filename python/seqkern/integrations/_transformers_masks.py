@@ -6,7 +6,7 @@ one becomes options of the attention itself; anything else becomes the tensor th
 
 import inspect
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -197,16 +197,19 @@ def _refuse_models_of_their_own(config) -> None:
 
 def _use_the_interface(kind: type) -> bool:
     if kind not in _known:
-        own = any(not model._can_set_attn_implementation() for model in _models_of(kind))  # type: ignore[attr-defined]
-        _known[kind] = not own and getattr(kind, "model_type", "") not in _HALF
+        named, beside = _models_of(kind)
+        can: Any = [model._can_set_attn_implementation() for model in named or beside]  # type: ignore[attr-defined]
+        # Of models that name one configuration, one may go on from another's results, as ESM's that folds.
+        by_it = any(can) if named else all(can)
+        _known[kind] = (by_it or not can) and getattr(kind, "model_type", "") not in _HALF
     return _known[kind]
 
 
 _use_the_interface._dynamo_marked_constant = True  # type: ignore[attr-defined]  # reads sources
 
 
-def _models_of(kind: type) -> list[type]:
-    """The model classes, of those that are loaded, that a configuration may be of: those that name it, else all that
+def _models_of(kind: type) -> tuple[list[type], list[type]]:
+    """The model classes, of those that are loaded, that a configuration may be of: those that name it, and all that
     were written beside it. A model that is running is loaded."""
     from transformers import PreTrainedModel
 
@@ -221,5 +224,6 @@ def _models_of(kind: type) -> list[type]:
         if m.__module__.startswith(("transformers.", "transformers_modules."))
     ]
     room = kind.__module__.rpartition(".")[0] + "."
-    beside = [m for m in published if m.__module__.startswith(room)]
-    return [m for m in published if m.config_class is kind] or beside
+    of_a_model = room.startswith(("transformers.models.", "transformers_modules."))
+    beside = [m for m in published if of_a_model and m.__module__.startswith(room)]
+    return [m for m in published if m.config_class is kind], beside

@@ -1,6 +1,6 @@
 """This package's operators in ``torch.utils.flop_counter.FlopCounterMode``, which counts as 0 what it does not know.
 
-Importing this module registers a formula for each and changes nothing else. torch itself knows none for its LSTM and
+Importing this module registers formulas and changes nothing else. torch itself knows none for its LSTM and
 its attention on a CPU; of a model on torch's kernels those count as 0 there.
 
 >>> import torch, seqkern

@@ -95,10 +95,10 @@ def attention(
         attention_mask: bool (True = attend) or added to the scores, broadcast to [B, Hq, L, S]. Where it is given it
             says all. None: every key, as to a model's own code (``make_mask`` says causal by a mask, whatever the
             module's ``is_causal``), unless the caller says otherwise.
-        is_causal, sliding_window: without a mask alone, and both from the last key on.
+        is_causal, sliding_window: without a mask alone, the window only of a causal call, both from the last key on.
         softcap: of the scores. s_aux: sinks, [Hq]. position_bias: added to the scores, [1 or B, Hq, L, S].
         output_attentions: whether the weights [B, Hq, L, S] are returned; also where a model collects what its
-            layers return.
+            layers return, but not from a layer that is compiled alone.
 
     Returns:
         ([B, L, Hq, Dv], weights or None).

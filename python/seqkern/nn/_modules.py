@@ -41,15 +41,16 @@ _FORWARDS: dict[type[nn.Module], Callable] = {
 
 
 def patched() -> bool:
-    """Whether somebody has replaced the forward of a class of torch.nn that a transformer's parts have."""
-    return any(cls.forward is not forward for cls, forward in _FORWARDS.items())
+    """Whether somebody has replaced the forward or the call of a class of torch.nn that a transformer's parts have."""
+    own = nn.Module.__call__
+    return any(cls.forward is not forward or cls.__call__ is not own for cls, forward in _FORWARDS.items())
 
 
 def unheard(module: nn.Module, known: type[nn.Module]) -> bool:
     """Whether calling the module is what its class does, and nobody listens: then its work can be done elsewhere."""
     if torch.compiler.is_compiling() or type(module) is not known or changed(module):
         return False
-    if known.forward is not _FORWARDS[known]:
+    if known.forward is not _FORWARDS[known] or known.__call__ is not nn.Module.__call__:
         return False
     return not nn.modules.module._has_any_global_hook()
 

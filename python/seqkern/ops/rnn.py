@@ -144,7 +144,7 @@ def _layers_fake(input, hx, cx, weights, num_layers, bidirectional, batch_first,
 
 @torch.library.register_fake("seqkern::rnn_step", lib=_LIBRARY)
 def _step_fake(input, hx, cx, *_):
-    return torch.empty_like(hx), None if cx is None else torch.empty_like(cx)
+    return hx.new_empty(hx.shape), None if cx is None else cx.new_empty(cx.shape)
 
 
 def _forward_setup(ctx, inputs, output):
