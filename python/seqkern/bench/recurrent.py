@@ -121,7 +121,7 @@ def rows() -> tuple[RecurrentRow, ...]:
         name = f"packed 2x bi-{module} 32,200,128"
         found.append(RecurrentRow(name, OTHER, f32, module, 32, 200, 128, 128, **both_ways))
     for module in ("LSTMCell", "GRUCell"):
-        for B, H in ((1, 128), (1, 512), (16, 512)):
+        for B, H in ((1, 128), (1, 512), (16, 512), (64, 512)):
             found.append(RecurrentRow(f"{module} {B},{H}", OTHER, f32, module, B, 1, H, H))
     for module in ("LSTM", "GRU", "RNN"):
         for B in (1, 32):
