@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from seqkern import functional
-from seqkern.integrations._transformers_masks import BandMask, make_mask
+from seqkern.integrations._transformers_masks import SeenMask, make_mask
 
 NAME = "seqkern"
 # What sparse attention is told by, and sinks of each token: ignored, they would be wrong numbers.
@@ -125,17 +125,16 @@ def attention(
     )  # learned queries have a batch of one
     mask, bias, causal, window = None, position_bias, False, None
     keys = S
-    if (
-        isinstance(attention_mask, BandMask)
-        and attention_mask.written is None
-        and attention_mask.shape[3] == S
-    ):
-        keys, (left, right) = attention_mask.keys, attention_mask.band
+    told = attention_mask if isinstance(attention_mask, SeenMask) and attention_mask.written is None else None
+    if told is not None and told.seen is not None:
+        mask = _narrow(told.seen)
+    elif told is not None and told.shape[3] == S:
+        keys, (left, right) = told.keys, told.band
         window = None if left is None and right is None else (left, right)
-        if attention_mask.padding is not None:
-            mask = attention_mask.padding[:, None, None]
+        if told.padding is not None:
+            mask = told.padding[:, None, None]
     elif attention_mask is not None:
-        given = attention_mask.write() if isinstance(attention_mask, BandMask) else attention_mask
+        given = attention_mask.write() if isinstance(attention_mask, SeenMask) else attention_mask
         if given.dtype == torch.bool:
             mask = _narrow(given)
         else:
