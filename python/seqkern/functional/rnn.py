@@ -44,15 +44,15 @@ def _nobody_looks_on(given: Sequence[Tensor], perhaps: Weights) -> bool:
     that are given, and some that may be None."""
     if _backend.special or _backend.is_looked_on():
         return False
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*given, *perhaps):  # type: ignore[attr-defined]
+        return False
     for x in given:
         if type(x) not in _backend.PLAIN or not x.is_cpu:
             return False
     for x in perhaps:
         if x is not None and (type(x) not in _backend.PLAIN or not x.is_cpu):
             return False
-    if torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
-        return False
-    return not (torch.is_grad_enabled() and torch._C._any_requires_grad(*given, *perhaps))  # type: ignore[attr-defined]
+    return not torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
 
 
 def _short_step(
