@@ -97,30 +97,26 @@ class Stack {
         return call.H > 0 && call.P > 0 && (projected() || call.P == call.H);
     }
 
-    bool is(const Tensor& t, int64_t first, int64_t second) const {  // second: 0 for a vector
-        return t.is_cpu() && t.scalar_type() == scalar_ && t.dim() == (second ? 2 : 1) &&
-               t.size(0) == first && (second == 0 || t.size(1) == second) && lies_plain(t);
+    bool is(const Tensor& t, std::initializer_list<int64_t> sizes) const {
+        return is_of(t, scalar_, sizes) && lies_plain(t);
     }
 
     bool every_weight(const Weights& weights) const {
         const long rows = gates_of(call.cell) * call.H;
         for (long at = 0; at < static_cast<long>(weights.size()); at += kinds_) {
             const Tensor* w = &weights[at];
-            if (!is(w[0], rows, at < call.D * kinds_ ? call.I : call.D * call.P) || !is(w[1], rows, call.P) ||
-                (biased() && !(is(w[2], rows, 0) && is(w[3], rows, 0))) ||
-                (projected() && !is(w[kinds_ - 1], call.P, call.H)))
+            if (!is(w[0], {rows, at < call.D * kinds_ ? call.I : call.D * call.P}) ||
+                !is(w[1], {rows, call.P}) || (biased() && !(is(w[2], {rows}) && is(w[3], {rows}))) ||
+                (projected() && !is(w[kinds_ - 1], {call.P, call.H})))
                 return false;
         }
         return true;
     }
 
     bool states(const Maybe& hx, const Maybe& cx) const {
-        auto fits = [&](const Tensor& t, long size) {
-            return t.is_cpu() && t.scalar_type() == scalar_ && t.dim() == 3 &&
-                   t.size(0) == layers_ * call.D && t.size(1) == call.B && t.size(2) == size && lies_plain(t);
-        };
+        const long sets = layers_ * call.D;
         if (cx.has_value() != (hx.has_value() && call.cell == Cell::lstm)) return false;
-        return !hx || (fits(*hx, call.P) && (!cx || fits(*cx, call.H)));
+        return !hx || (is(*hx, {sets, call.B, call.P}) && (!cx || is(*cx, {sets, call.B, call.H})));
     }
 
     const long layers_;

@@ -172,12 +172,9 @@ bool fits(const Tensor& input, const Tensor& hx, const Maybe& cx, const Tensor& 
         cx.has_value() != (cell == Cell::lstm))
         return false;
     const int64_t B = input.size(0), I = input.size(1), H = w_hh.size(1), rows = gates_of(cell) * H;
-    auto is = [&](const Tensor& t, int64_t first, int64_t second) {  // second: 0 for a vector
-        return t.is_cpu() && t.scalar_type() == dtype && t.dim() == (second ? 2 : 1) && t.size(0) == first &&
-               (second == 0 || t.size(1) == second);
-    };
-    return I > 0 && H > 0 && is(input, B, I) && is(hx, B, H) && (!cx || is(*cx, B, H)) && is(w_ih, rows, I) &&
-           is(w_hh, rows, H) && (!b_ih || (is(*b_ih, rows, 0) && is(*b_hh, rows, 0)));
+    return I > 0 && H > 0 && is_of(hx, dtype, {B, H}) && (!cx || is_of(*cx, dtype, {B, H})) &&
+           input.is_cpu() && is_of(w_ih, dtype, {rows, I}) && is_of(w_hh, dtype, {rows, H}) &&
+           (!b_ih || (is_of(*b_ih, dtype, {rows}) && is_of(*b_hh, dtype, {rows})));
 }
 
 std::tuple<Maybe, Maybe> rnn_step(Tensor input, Tensor hx, Maybe cx, Tensor w_ih, Tensor w_hh, Maybe b_ih,

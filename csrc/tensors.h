@@ -75,6 +75,13 @@ inline const void* data_of(const Tensor& t) {
     return t.const_data_ptr();
 }
 
+// Whether a tensor is one of these sizes, in this dtype, on the CPU.
+inline bool is_of(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes) {
+    if (!t.is_cpu() || t.scalar_type() != dtype) return false;
+    const auto got = t.sizes();
+    return std::equal(got.begin(), got.end(), sizes.begin(), sizes.end());
+}
+
 inline bool lies_plain(const Tensor& t) {
     auto sizes = t.sizes(), strides = t.strides();
     int64_t want = 1;

@@ -1,5 +1,7 @@
 """A stack of recurrent layers by the op that checks, chooses and computes in one call."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -175,26 +177,16 @@ def test_what_it_does_not_serve(name):
     assert op(*NOT_SERVED[name](given), "lstm") == (None, None, None)
 
 
-def calls(monkeypatch, run) -> int:
-    """How many stacks the op served."""
-    room = functional.lstm.__globals__
-    stack, seen = room["_stack"], []
-    monkeypatch.setitem(room, "_stack", lambda *args: seen.append(stack(*args)) or seen[-1])
-    run()
-    monkeypatch.undo()
-    return sum(output is not None for output, *_ in seen)
-
-
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
-def test_modules_go_by_it_where_nobody_looks_on(monkeypatch, cell):
+def test_modules_go_by_it_where_nobody_looks_on(served, cell):
     module, x = module_of(cell, I, H, 2, dropout=0.5).eval(), torch.randn(T, B, I)
 
     def within(context, run=lambda: module(x)):
         with torch.no_grad(), context:
-            return calls(monkeypatch, run)
+            return served("_stack", run)
 
     assert within(torch.no_grad()) == within(torch.inference_mode()) == 1
-    assert calls(monkeypatch, lambda: module(x)) == 0  # a gradient
+    assert served("_stack", lambda: module(x)) == 0  # a gradient
     assert within(torch.no_grad(), lambda: module(x[:, 0])) == 0  # one sequence
     assert within(torch.no_grad(), lambda: module(pack_sequence([x[:, 0], x[:2, 1]]))) == 0
     assert within(torch.autocast("cpu", torch.bfloat16)) == 0
@@ -217,14 +209,27 @@ def test_the_batch_first_may_be_written_to():
 
 
 @torch.no_grad()
-def test_bfloat16_on_tiles_goes_the_long_way(monkeypatch):
+def test_bfloat16_on_tiles_goes_the_long_way(served, monkeypatch):
     module = module_of("gru", I, H).bfloat16()
     x = torch.randn(T, B, I).bfloat16()
     room = functional.lstm.__globals__["_linear_backends"]
-    assert calls(monkeypatch, lambda: module(x)) == 1
-    tiles = room.BF16_TILES
-    try:
-        room.BF16_TILES = True
-        assert calls(monkeypatch, lambda: module(x)) == 0
-    finally:
-        room.BF16_TILES = tiles
+    assert served("_stack", lambda: module(x)) == 1
+    monkeypatch.setattr(room, "BF16_TILES", True)
+    assert served("_stack", lambda: module(x)) == 0
+
+
+def test_large_memory_is_kept_and_taken_again():
+    """Packed weights of more than a thread's small blocks, growing and shrinking, in more threads than may keep one."""
+    layers = [nn.LSTM(size, size).requires_grad_(False) for size in (700, 900, 560)]
+    given = [torch.randn(2, 40, layer.hidden_size) for layer in layers]
+    want = [layer(x)[0] for layer, x in zip(layers, given)]
+    for layer in layers:
+        seqkern.accelerate(layer)
+
+    def run(first: int):
+        for i in (0, 1, 0, 2, first % 3, 1):
+            torch.testing.assert_close(layers[i](given[i])[0], want[i], rtol=1e-4, atol=1e-5)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(4)))
+    run(0)

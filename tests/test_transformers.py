@@ -440,7 +440,7 @@ def test_a_model_beside_one_of_its_own_is_served():
     """ESM's that folds names the same configuration, goes on from the results of the other, and is no reason."""
     from transformers.models.esm import modeling_esmfold
 
-    door_masks._known.pop(transformers.EsmConfig, None)
+    door_masks._use_the_interface.cache_clear()
     assert not modeling_esmfold.EsmForProteinFolding._can_set_attn_implementation()
     eager, ours = pair(Family("EsmModel", "EsmConfig", {**SIZES, "pad_token_id": 1, "mask_token_id": 2}))
     inputs = inputs_of(BELIED["splinter"])

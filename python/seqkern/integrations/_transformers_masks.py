@@ -7,6 +7,7 @@ torch. Either way the model's own code finds the mask that eager attention takes
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -213,9 +214,6 @@ def make_mask(
     return SeenMask(shape, dtype, device, band=band, padding=padding, keys=keys)  # type: ignore
 
 
-_known: dict[type, bool] = {}  # by the class of a configuration
-
-
 def _refuse_models_of_their_own(config) -> None:
     """Whether a model's own code computes its attention can be told from its source alone, as transformers does."""
     if config is not None and not _use_the_interface(type(config)):
@@ -226,19 +224,18 @@ def _refuse_models_of_their_own(config) -> None:
         )
 
 
+@cache
 def _use_the_interface(kind: type) -> bool:
-    if kind not in _known:
-        named, beside = _models_of(kind)
-        can: Any = [model._can_set_attn_implementation() for model in named or beside]  # type: ignore[attr-defined]
-        # Of models that name one configuration, one may go on from another's results, as ESM's that folds.
-        by_it = any(can) if named else all(can)
-        _known[kind] = by_it or not can
-    return _known[kind]
+    named, beside = _models_of(kind)
+    can: Any = [model._can_set_attn_implementation() for model in named or beside]  # type: ignore[attr-defined]
+    # Of models that name one configuration, one may go on from another's results, as ESM's that folds.
+    return any(can) if named else all(can)
 
 
 _use_the_interface._dynamo_marked_constant = True  # type: ignore[attr-defined]  # reads sources
 
 
+@cache
 def _take_bool(kind: type) -> bool:
     """Whether the code of all models that name a configuration hands its mask on, which may then be one of bool."""
     named = _models_of(kind, published=False)[0]

@@ -82,9 +82,9 @@ def _lengths(cu_seqlens: Tensor | None, of_one: int, longest: int) -> list[int]:
 def _pairs(names: dict[str, Any]) -> int:
     """Pairs of a query and a key, over all heads and sequences."""
     query, key = names["query"], names["key"]
-    cu_q, cu_k = names.get("cu_seqlens_q"), names.get("cu_seqlens_k")
-    own = _lengths(cu_q, query.shape[-2], names.get("max_seqlen_q", 0))
-    others = _lengths(cu_k, key.shape[-2], names.get("max_seqlen_k", 0))
+    cu_q, cu_k = names["cu_seqlens_q"], names["cu_seqlens_k"]
+    own = _lengths(cu_q, query.shape[-2], names["max_seqlen_q"])
+    others = _lengths(cu_k, key.shape[-2], names["max_seqlen_k"])
     heads = query.shape[-2] if cu_q is not None else prod(query.shape[:-2])
     return heads * sum(q * k for q, k in zip(own, others, strict=True))
 
