@@ -18,7 +18,7 @@ struct Matrix {
         if (!by_column) kept = torch::stable::contiguous(t);
     }
     const void* data() const { return data_of(kept); }
-    int64_t ld() const { return std::max<int64_t>(1, kept.stride(by_column ? 1 : 0)); }
+    int64_t ld() const { return kept.stride(by_column ? 1 : 0); }  // 0 where it was expanded
 };
 
 Tensor linear_op(Tensor input, Tensor weight, Maybe bias, int64_t activation) {

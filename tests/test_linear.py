@@ -73,7 +73,18 @@ def test_products_of_any_layout(run_on, dtype):
     """As gradients need them: each factor by rows, by columns, or in pieces."""
     for R, K, C in ((1, 1, 1), (5, 3, 2), (61, 34, 70), (33, 1100, 20), (130, 17, 33)):
         a, b = torch.randn(R, K).to(dtype), torch.randn(K, C).to(dtype)
-        for layout_a, layout_b in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 2)):
+        for layout_a, layout_b in (
+            (0, 0),
+            (0, 1),
+            (1, 0),
+            (1, 1),
+            (2, 2),
+            (3, 0),
+            (1, 3),
+            (4, 1),
+            (0, 4),
+            (5, 5),
+        ):
             tensors = laid(a, layout_a), laid(b, layout_b)
             poison(torch.empty(R, C, dtype=dtype))
             hold(
@@ -84,8 +95,12 @@ def test_products_of_any_layout(run_on, dtype):
 
 
 def laid(x, layout):
+    """By rows, by columns, in pieces, or one row, one column or one number of it expanded."""
     if layout == 0:
         return x
+    if layout > 2:
+        rows, columns = slice(None if layout == 4 else 1), slice(None if layout == 3 else 1)
+        return x[rows, columns].contiguous().expand(x.shape)
     return x.T.contiguous().T if layout == 1 else x.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2]
 
 
@@ -100,11 +115,54 @@ def test_any_rank(run_on, lead):
 @pytest.mark.native
 def test_any_strides(run_on):
     x = torch.randn(20, 3).T
-    for weight in (torch.randn(30, 20)[::2], torch.randn(20, 15).T, torch.randn(15, 40)[:, 7:27]):
+    for weight in (
+        torch.randn(30, 20)[::2],
+        torch.randn(20, 15).T,
+        torch.randn(15, 40)[:, 7:27],
+        torch.randn(20).expand(15, 20),
+        torch.randn(15, 1).expand(15, 20),
+        torch.randn(()).expand(15, 20),
+    ):
         for bias in (torch.randn(30)[::2], torch.randn(1).expand(15)):
-            torch.testing.assert_close(
-                linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-4, atol=1e-5
-            )
+            for input in (
+                x,
+                torch.cat([x] * 9),
+                torch.randn(20).expand(30, 20),
+                torch.randn(30, 1).expand(30, 20),
+            ):
+                torch.testing.assert_close(
+                    linear(input, weight, bias), F.linear(input, weight, bias), rtol=1e-4, atol=1e-5
+                )
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("over", [0, 1, 2, (0, 1), (1, 2), (0, 1, 2)], ids=str)
+def test_gradients_that_sums_expand(run_on, over, dtype):
+    """The gradient of a sum has strides of 0, of rows or of columns."""
+    tensors = [t.requires_grad_() for t in (torch.randn(3, 40, 33).to(dtype), *case(1, 33, 50, dtype)[1:])]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    sums = [
+        function(*at).sum(over)
+        for function, at in ((linear, tensors), (F.linear, tensors), (F.linear, exact))
+    ]
+    factors = torch.randn(sums[0].shape).to(dtype)
+    found = [
+        torch.autograd.grad((total * factors.to(total.dtype)).sum(), at)
+        for total, at in zip(sums, (tensors, tensors, exact))
+    ]
+    for got, theirs, wide in zip(*found):
+        error, allowed = relative_rms(got, wide), tolerance(dtype, relative_rms(theirs, wide))
+        assert error <= allowed, f"{error:.3g} > {allowed:.3g}"
+
+
+def test_relu_hands_on_the_gradient_of_a_nan():
+    x = torch.tensor([[torch.nan], [-1.0], [0.0], [2.0]])
+    bias = torch.zeros(1, requires_grad=True)
+    with seqkern.backend("cpu" if _backend.CPU_READY else None):
+        got = torch.autograd.grad(linear(x, torch.ones(1, 1), bias, "relu").sum(), bias)
+    want = torch.autograd.grad(F.relu(F.linear(x, torch.ones(1, 1), bias)).sum(), bias)
+    assert torch.equal(got[0], want[0])
 
 
 @pytest.mark.native

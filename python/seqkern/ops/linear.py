@@ -54,7 +54,7 @@ def _backward(ctx, grad):
     input, weight, kept = ctx.saved_tensors
     need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
     if ctx.activation == ACTIVATIONS["relu"]:
-        grad = torch.where(kept > 0, grad, 0)
+        grad = torch.where(kept <= 0, 0, grad)
     elif ctx.activation == ACTIVATIONS["gelu"]:
         grad = torch.ops.aten.gelu_backward(grad, F.linear(input, weight, kept))
     rows = grad.reshape(-1, grad.shape[-1])
