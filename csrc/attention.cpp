@@ -65,7 +65,9 @@ class Attention {
             sinks_ = numbers(*sinks, "sinks", 1);
             call.sinks = sinks_.data();
         }
-        call.scale = scale, call.softcap = softcap, call.dropout_p = dropout_p;
+        call.scale = scale, call.dropout_p = dropout_p;
+        // Beyond these, which are as good as 0 and none, factors of float32 would overflow.
+        call.softcap = softcap > 0 ? std::clamp(softcap, 1e-30, 1e38) : 0;
         call.left = left, call.right = right, call.bottom_right = bottom_right;
         if (dropout_p > 0) {
             SK_REQUIRE(dropout_p <= 1, "dropout_p is ", dropout_p, ", expected a probability");

@@ -326,12 +326,38 @@ def test_what_no_query_sees_does_not_leak(isa, hidden, options, keys, L):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("which", range(3), ids=["query", "key", "value"])
 @pytest.mark.parametrize("D", [16, 20])  # of 20 a vector reads into the next row
-def test_what_is_not_finite_travels_as_in_torch(D, which, value):
-    tensors = [torch.randn(1, 2, 40, D) for _ in range(3)]
+@pytest.mark.parametrize("L", [7, 40])
+@pytest.mark.parametrize("added", [None, 0.0, 1.0])
+def test_what_is_not_finite_travels_as_in_torch(isa, added, L, D, which, value):
+    tensors = [torch.randn(1, 2, n, D) for n in (L, 40, 40)]
     tensors[which][0, 1, 5, 3] = value
+    if added is not None:
+        tensors.append(added * torch.randn(L, 40))
     want = F.scaled_dot_product_attention(*(x.double() for x in tensors))
     got = scaled_dot_product_attention(*tensors)
     assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
+
+
+def test_scores_that_are_all_minus_infinity_hide_all_keys_beside_a_bias(isa):
+    q, k, v = torch.ones(1, 1, 9, 4), torch.ones(1, 1, 30, 4), torch.randn(1, 1, 30, 4)
+    k[..., 0] = -torch.inf
+    output, lse = attention(q, k, v, bias=torch.zeros(9, 30), return_lse=True, backend="cpu")
+    assert (output == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("L", [3, 40])
+@pytest.mark.parametrize("option", ["tiny cap", "high cap", "alibi", "sinks"])
+def test_options_at_the_end_of_the_range(isa, option, L):
+    """Finite numbers stay so in units of log 2."""
+    options = {
+        "tiny cap": {"softcap": 1e-39},
+        "high cap": {"softcap": 2.5e38},
+        "alibi": {"alibi_slopes": torch.full((2,), 3e38)},
+        "sinks": {"sinks": torch.full((2,), 3e38)},
+    }[option]
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (L, 150, 150))
+    got, want = (attention(q, k, v, **options, backend=backend) for backend in ("cpu", "reference"))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_the_op_checks_what_it_reads():

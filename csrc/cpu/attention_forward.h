@@ -154,7 +154,7 @@ void finish_panel(const AttentionForward& c, const Sequence& s, const Panel<A>& 
         A m = run.m[lane], l = run.l[lane], factor = 1;
         const A hidden = -static_cast<A>(__builtin_inf());
         if (c.sinks) {
-            const A sink = static_cast<A>(c.sinks[h] * LOG2E), top = m > sink ? m : sink;
+            const A sink = finite<A>(c.sinks[h] * LOG2E), top = m > sink ? m : sink;
             const A shift = top == hidden ? A{} : top;
             const Vec<A> grown = exp2_below<A>(Vec<A>{m - shift, sink - shift});
             factor = grown[0], run.l[lane] = l = l * grown[0] + grown[1], run.m[lane] = m = top;

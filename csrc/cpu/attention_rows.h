@@ -10,6 +10,13 @@ namespace SEQKERN_ISA {
 
 constexpr double LOG2E = 1.4426950408889634074, LN2 = 0.69314718055994530942;
 
+// A number that is finite in double stays so.
+template <class A>
+SK_INLINE A finite(double x) {
+    constexpr double most = sizeof(A) == 4 ? __FLT_MAX__ : __DBL_MAX__;
+    return static_cast<A>(x > most && x <= __DBL_MAX__ ? most : x < -most && x >= -__DBL_MAX__ ? -most : x);
+}
+
 // Keys in a block: their scores for a panel of queries stay in the first-level cache.
 constexpr long KEYS = 128;
 

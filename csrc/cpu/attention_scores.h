@@ -13,7 +13,7 @@ namespace SEQKERN_ISA {
 // them.
 template <class A>
 SK_INLINE A query_factor(const AttentionCall& c) {
-    return static_cast<A>(c.softcap > 0 ? c.scale / c.softcap : c.scale * LOG2E);
+    return finite<A>(c.softcap > 0 ? c.scale / c.softcap : c.scale * LOG2E);
 }
 
 // The rows of a plane [B, H, L, S] for the lanes of a panel. The bytes of a mask come as integers in the
@@ -137,7 +137,7 @@ struct Scores {
         for (long lane = 0; lane < W; ++lane) {
             place[lane / n][lane % n] = panel.i[lane] + s.d;
             slope[lane / n][lane % n] =
-                c.slopes ? static_cast<A>(c.slopes[s.b * c.Hq + panel.h[lane]] * LOG2E) : A{};
+                c.slopes ? finite<A>(c.slopes[s.b * c.Hq + panel.h[lane]] * LOG2E) : A{};
         }
     }
 
@@ -225,7 +225,7 @@ struct Scores {
     // d cap(x) / dx goes to `slope`, if that is given.
     template <int N>
     SK_INLINE Several<A, N> capped(const Several<A, N>& x, Several<A, N>* slope = nullptr) const {
-        return tanh<A, N>(x, slope) * static_cast<A>(c.softcap * LOG2E);
+        return tanh<A, N>(x, slope) * finite<A>(c.softcap * LOG2E);
     }
     SK_INLINE void cap(A* x, A* slopes, long ld, long count) const {
         constexpr int together = n < 4 ? n : 4;
@@ -239,12 +239,12 @@ struct Scores {
             for (int i = 0; slopes && i < most; ++i) store<A>(slopes + (k + i) * ld, slope.v[i]);
         }
     }
-    // A finite bias leaves a score finite, also where it overflows in units of log 2: masks made of the
-    // lowest number are common.
+    // A finite bias leaves a finite score finite, also where it overflows in units of log 2: masks made of
+    // the lowest number are common.
     static SK_INLINE Vec<A> biased(Vec<A> v, Vec<A> added) {
         const Vec<A> most = Vec<A>{} + static_cast<A>(sizeof(A) == 4 ? __FLT_MAX__ : __DBL_MAX__);
-        v = larger(smaller(added, -most), v + added * static_cast<A>(LOG2E));
-        return smaller(larger(added, most), v);
+        const Vec<A> least = smaller(smaller(added, -most), v), highest = larger(larger(added, most), v);
+        return smaller(highest, larger(least, v + added * static_cast<A>(LOG2E)));
     }
     static SK_INLINE Vec<A> masked(Vec<A> v, Vec<A> shown) { return (I)shown != 0 ? v : hidden(); }
     // from: j - i - d of each lane
