@@ -98,10 +98,10 @@ inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes&
                             std::optional<ScalarType> dtype = std::nullopt) {
     const ScalarType wanted = dtype.value_or(like.scalar_type());
     AtenTensorHandle made = nullptr;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+    if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(wanted)),
-                                 aoti_torch_device_type_cpu(), 0, &made));
+                                 aoti_torch_device_type_cpu(), 0, &made) != AOTI_TORCH_SUCCESS)
+        no_memory("a tensor of sizes " + written(sizes));  // torch keeps its own words to itself here
     return Tensor(made);
 }
 

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import seqkern
+from seqkern.ops import _library
 from seqkern.testing import on_threads
 
 pytestmark = pytest.mark.built
@@ -91,6 +92,35 @@ def test_forked_child_after_threads():
     finally:
         process.kill()
         process.join()
+
+
+def count(pipe):
+    x = torch.randn(300, 300)
+    pipe.send((_library.native().num_threads(), (x @ x).isfinite().all().item(), work(1).numpy()))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_has_threads():
+    """The pool of the thread that forks is given up before: torch's operators find no lost one either."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for _ in range(2):  # the second time with a pool made anew
+            want, _ = work(1), torch.randn(300, 300) @ torch.randn(300, 300)
+            context = multiprocessing.get_context("fork")
+            ours, theirs = context.Pipe()
+            process = context.Process(target=count, args=(theirs,), daemon=True)
+            process.start()
+            try:
+                assert ours.poll(LIMIT), "the child hangs"
+                found, finite, got = ours.recv()
+            finally:
+                process.kill()
+                process.join()
+            assert found == 3 and finite and torch.equal(torch.from_numpy(got), want)
+            assert torch.equal(work(1), want)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Worked(Dataset):

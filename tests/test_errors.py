@@ -235,3 +235,30 @@ def test_environment_variable(name, says, monkeypatch):
     code = "import torch, seqkern; seqkern.nn.GRU(3, 4)(torch.zeros(2, 1, 3)); print('served')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert says in done.stdout + done.stderr
+
+
+TOO_LITTLE = """
+import resource, torch, seqkern
+layer, x = seqkern.nn.LSTM(64, 3000), torch.randn(500, 100, 64)
+q = torch.randn(1, 1, 20000, 256)
+small = seqkern.nn.LSTM(4, 8), torch.randn(3, 2, 4)
+want = small[0](small[1])[0]
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20), -1))
+for call in (lambda: layer(x), lambda: seqkern.functional.attention(q, q, q, return_weights="mean")):
+    try:
+        with torch.no_grad():
+            call()
+    except RuntimeError as error:
+        assert "DefaultCPUAllocator: can't allocate memory" in str(error), error
+    else:
+        raise AssertionError("there was enough")
+assert torch.equal(small[0](small[1])[0], want)
+"""
+
+
+@pytest.mark.built
+@pytest.mark.skipif(sys.platform != "linux", reason="how much a process may use is Linux's to bound")
+def test_too_little_memory_is_said_as_torch_says_it():
+    run = subprocess.run([sys.executable, "-c", TOO_LITTLE], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

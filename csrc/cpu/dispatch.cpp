@@ -11,11 +11,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <utility>
 
 #include "team.h"
+
+extern "C" int omp_pause_resource_all(omp_pause_resource_t) noexcept __attribute__((weak));
 
 namespace seqkern {
 namespace {
@@ -71,10 +72,14 @@ const Isa& in_use() {
     return forced ? *forced : tables().back();
 }
 
-// libgomp's pool does not survive a fork: in the child, a parallel region would wait for threads that are not
-// there.
+// libgomp's pool does not survive a fork: in the child, a parallel region, torch's too, would wait for
+// threads that are not there. So the thread that forks gives its pool up before, and the next region of
+// either process makes a new one. Where that cannot be done the child works alone.
 std::atomic<bool> forked{false};
-const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+thread_local bool pool_is_gone = false;
+const int registered =
+    pthread_atfork([] { pool_is_gone = omp_pause_resource_all && !omp_pause_resource_all(omp_pause_soft); },
+                   nullptr, [] { forked = forked || !pool_is_gone; });
 
 // A thread more is worth its start and its barriers from about this much work on.
 constexpr double FLOP_WORTH_A_THREAD = 150e3;
@@ -244,7 +249,7 @@ void run(const Call& call, unsigned long bytes, void (*kernel)(const Call&, char
         void (*kernel)(const Call&, char*, const Team&);
     };
     Scratch shared(bytes);
-    if (!shared.p) throw std::bad_alloc();
+    if (!shared.p) no_memory(std::to_string(bytes) + " bytes for a kernel");
     Context context{call, static_cast<char*>(shared.p), kernel};
     run_team(
         threads_for(call),
@@ -338,6 +343,11 @@ int max_threads() {
     return std::max<int>(1, torch::stable::get_num_threads());
 }
 
+void no_memory(const std::string& wanted) {
+    throw std::runtime_error("seqkern: DefaultCPUAllocator: can't allocate memory: you tried to allocate " +
+                             wanted);
+}
+
 void run_team(int threads, void (*fn)(void*, const Team&), void* context) {
     int failed = 0;
     if (threads == 1) {
@@ -351,7 +361,7 @@ void run_team(int threads, void (*fn)(void*, const Team&), void* context) {
         fn(context, Team{omp_get_thread_num(), omp_get_num_threads(), barriers.get(), &failed});
         settle(&barriers[0], threads);
     }
-    if (failed) throw std::bad_alloc();
+    if (failed) no_memory("memory for a kernel's threads");
 }
 
 void forward(const ForwardCall& call) {
@@ -406,7 +416,7 @@ double fma_peak(double seconds) {
 
 double read_bandwidth(unsigned long bytes, double seconds) {
     Scratch memory(bytes);
-    if (!memory.p) throw std::bad_alloc();
+    if (!memory.p) no_memory(std::to_string(bytes) + " bytes");
     auto data = static_cast<float*>(memory.p);
     const long count = static_cast<long>(bytes / sizeof(float));
     std::fill(data, data + count, 1.0f);

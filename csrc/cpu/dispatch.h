@@ -18,6 +18,9 @@ const KernelTable& kernels();                            // in use
 
 int max_threads();  // of a call from this thread
 
+[[noreturn]] void no_memory(
+    const std::string& wanted);  // std::runtime_error in torch's words, which callers look for
+
 // Runs fn(context, team) on up to `threads` threads; fewer where the system gives fewer.
 void run_team(int threads, void (*fn)(void* context, const Team& team), void* context);
 
