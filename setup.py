@@ -50,11 +50,11 @@ def sources() -> list[Path]:
 
 def find_compiler() -> str:
     wanted = os.environ.get("CXX")
-    for name in (wanted,) if wanted else ("g++", "c++", "clang++"):
+    for name in (wanted,) if wanted else ("g++", "c++"):
         path = shutil.which(name.split()[0])
         if path:
             return path
-    raise CannotBuild(f"no C++ compiler found ({wanted or 'g++ or clang++'}); install one, such as g++ >= 11")
+    raise CannotBuild(f"no C++ compiler found ({wanted or 'g++'}); install g++ >= 11")
 
 
 def find_package(name: str) -> Path:

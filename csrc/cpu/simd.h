@@ -19,7 +19,9 @@
 namespace seqkern {
 namespace SEQKERN_ISA {
 
-typedef _Float16 half;
+struct half {
+    unsigned short bits;
+};
 struct bfloat {
     unsigned short bits;
 };
@@ -118,7 +120,6 @@ SK_INLINE V smaller(V a, V b) {
 
 SK_INLINE float widen(float v) { return v; }
 SK_INLINE double widen(double v) { return v; }
-SK_INLINE float widen(half v) { return static_cast<float>(v); }
 SK_INLINE float widen(bfloat v) {
     unsigned int u = static_cast<unsigned int>(v.bits) << 16;
     float f;
@@ -128,7 +129,6 @@ SK_INLINE float widen(bfloat v) {
 
 SK_INLINE void narrow(float* p, float v) { *p = v; }
 SK_INLINE void narrow(double* p, double v) { *p = v; }
-SK_INLINE void narrow(half* p, float v) { *p = static_cast<half>(v); }
 // Round to nearest even; a NaN keeps its quiet bit so that it cannot round into an infinity.
 SK_INLINE void narrow(bfloat* p, float v) {
     unsigned int u;
@@ -180,7 +180,8 @@ SK_INLINE typename Simd<A>::I load_bytes(const unsigned char* p) {
     return __builtin_convertvector(bytes, typename Simd<A>::I);
 }
 
-// Sixteen-bit numbers are converted in integer arithmetic: compilers split _Float16 vectors.
+// Sixteen-bit numbers are converted in integer arithmetic: compilers split vectors of _Float16, which GCC 11
+// lacks.
 template <class S>
 SK_INLINE Vec<float> widened(Simd<float>::Shorts found) {
     using U = typename Simd<float>::U;
@@ -235,6 +236,9 @@ SK_INLINE Simd<float>::Shorts shortened(Vec<float> v) {
     }
     return __builtin_convertvector(found, Simd<float>::Shorts);
 }
+
+SK_INLINE float widen(half v) { return widened<half>(Simd<float>::Shorts{v.bits})[0]; }
+SK_INLINE void narrow(half* p, float v) { p->bits = shortened<half>(Vec<float>{} + v)[0]; }
 
 template <class A, class S>
 SK_INLINE void store_whole(S* p, Vec<A> v) {
