@@ -134,8 +134,9 @@ def finish(acc, m, l, sink, mods):
     if sink is not None:
         sink = in_units(sink.to(tl.float32), mods)
         top = tl.maximum(m, sink)
-        fade = exponential(m - top, mods)
-        l = l * fade + exponential(sink - top, mods)
+        shift = tl.where(top == -float("inf"), 0.0, top)  # no key, and no sink for this head
+        fade = exponential(m - shift, mods)
+        l = l * fade + exponential(sink - shift, mods)
         acc = acc * fade[:, None]
         m = top
     empty = l == 0.0

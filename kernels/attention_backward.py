@@ -30,8 +30,15 @@ from seqkern.kernels.tuning_attention import DELTA_ROWS, choose
 
 
 @triton.jit
+def row_value(x, b, h, begin, r, L, other):
+    return tl.load(
+        x.p + b.to(tl.int64) * x.batch + h.to(tl.int64) * x.head + begin + r, mask=r < L, other=other
+    )
+
+
+@triton.jit
 def delta_kernel(
-    o, do, dlse, delta, packed, sizes, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr
+    o, do, lse, dlse, delta, packed, sizes, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     """What the softmax takes back from every weight of a row: rowsum(o g), less the gradient of lse."""
     L, S, Hq, _ = sizes
@@ -50,15 +57,10 @@ def delta_kernel(
     if dlse is not None:
         base = b.to(tl.int64) * dlse.batch + h.to(tl.int64) * dlse.head + begin_q * dlse.row
         total -= tl.load(dlse.p + base + r64 * dlse.row, mask=r < L, other=0.0).to(tl.float32)
+    # What is not finite in the gradients of a row that sees nothing must not meet its weights of 0.
+    total = tl.where(row_value(lse, b, h, begin_q, r, L, 0.0) == -float("inf"), 0.0, total)
     base = b.to(tl.int64) * delta.batch + h.to(tl.int64) * delta.head + begin_q
     tl.store(delta.p + base + r, total, mask=r < L)
-
-
-@triton.jit
-def row_value(x, b, h, begin, r, L, other):
-    return tl.load(
-        x.p + b.to(tl.int64) * x.batch + h.to(tl.int64) * x.head + begin + r, mask=r < L, other=other
-    )
 
 
 @triton.jit
@@ -86,6 +88,8 @@ def grad_scores(
     ds = p * (dw - delta)
     if see is not None:
         ds = tl.where(see, ds, 0.0)  # a hidden key may be NaN
+        if mods.softcap is not None:
+            cap_slope = tl.where(see, cap_slope, 0.0)
     return w, ds, cap_slope
 
 
@@ -383,6 +387,7 @@ def backward_launches(
             dict(
                 o=operand(output),
                 do=operand(g),
+                lse=call.row_values(lse),
                 dlse=gradient_of_rows(grad_lse),
                 delta=call.row_values(delta),
                 packed=call.packed,
@@ -468,4 +473,5 @@ def backward(t, o, grad_output, grad_lse, output, lse, gradients, needs) -> None
         dslopes.copy_(buffers["slopes"].sum(-1, dtype=torch.float64).sum_to_size(dslopes.shape))
     if needs[4]:
         share = torch.exp(t.sinks.double()[:, None] - lse) * buffers["delta"]  # [B, Hq, L] or [Hq, total]
+        share = share.where(lse != -torch.inf, 0)  # no key, and no sink for this head
         dsinks.copy_(-share.sum(-1).sum_to_size(dsinks.shape))

@@ -42,6 +42,7 @@ def rows_kernel(o, do, lse, dlse, values, L, padded, heads, D: tl.constexpr, BLO
     base = lse.p + b.to(tl.int64) * lse.batch + h.to(tl.int64) * lse.head
     y = tl.load(base + r64 * lse.row, mask=ok, other=-float("inf"))
     each = tl.num_programs(0).to(tl.int64) * BLOCK_M
+    total = tl.where(y == -float("inf"), 0.0, total)
     into = values + (b.to(tl.int64) * heads + h) * padded + r
     tl.store(into, tl.where(y == -float("inf"), float("inf"), y * LOG2E))
     tl.store(into + each, total)

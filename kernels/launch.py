@@ -7,7 +7,8 @@ import triton
 from torch import Tensor
 
 from seqkern.kernels.mods import Mods, Operand, Packed, Plane
-from seqkern.kernels.tuning_attention import Shape
+from seqkern.kernels.tuning import precision
+from seqkern.kernels.tuning_attention import Shape, may_be_tf32
 
 FARTHEST = 2**30  # a window beyond this is no window; sums of it with a position stay in int32
 
@@ -70,11 +71,6 @@ def plane(x: Tensor | None) -> Plane | None:
     return None if x is None else Plane(x, *(0 if n == 1 else s for n, s in zip(x.shape, x.stride())))
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: exactly, unless torch was told that TF32 will do."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
-
-
 def architecture(x: Tensor) -> int:
     """Compute capability as one number, 90 for Hopper; 80 stands for what is not an NVIDIA GPU."""
     if x.device.type != "cuda" or torch.version.hip is not None:
@@ -110,16 +106,17 @@ def prepare(t, o) -> Call:
     )
     D, DV = q.shape[-1], v.shape[-1]
     BLOCK_D, BLOCK_DV = (max(16, triton.next_power_of_2(n)) for n in (D, DV))
+    size, arch = max(BLOCK_D, BLOCK_DV), architecture(q)
     constants = {
         "D": D,
         "DV": DV,
         "BLOCK_D": BLOCK_D,
         "BLOCK_DV": BLOCK_DV,
-        "PRECISION": precision(q.dtype),
+        "PRECISION": precision(q.dtype) if may_be_tf32(arch, size) else "ieee",
     }
     extras = sum(x is not None for x in (mods.mask, mods.bias, mods.seed))
-    size, tf32 = max(BLOCK_D, BLOCK_DV), constants["PRECISION"] == "tf32"
-    shape = Shape(architecture(q), q.element_size(), size, extras, L * G, tf32)
+    tf32 = constants["PRECISION"] == "tf32"
+    shape = Shape(arch, q.element_size(), size, extras, L * G, tf32)
     sinks = None if t.sinks is None else t.sinks.contiguous()
     return Call(q, k, v, B, Hq, G, L, S, mods, packed, sinks, shape, constants)
 

@@ -8,15 +8,9 @@ from torch import Tensor
 
 from seqkern.kernels import tuning
 from seqkern.kernels.cells import CELLS
+from seqkern.kernels.tuning import precision
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How a matmul rounds its operands; TF32 where torch's own matmuls were told so."""
-    return (
-        "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    )
 
 
 class Rows(NamedTuple):

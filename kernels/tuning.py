@@ -40,6 +40,13 @@ class Config(NamedTuple):
     stages: int
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How a matmul rounds its operands; TF32 where torch's own matmuls were told so."""
+    return (
+        "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    )
+
+
 class Problem(NamedTuple):
     """What a configuration is chosen for."""
 

@@ -33,7 +33,6 @@ SPLIT = 256  # the least keys of a split: four blocks, so that reading them hide
 DELTA_ROWS = (
     64  # rows of output and its gradient that a program reads: enough loads in flight, no tile to hold
 )
-WEIGHTS_BLOCK = 64  # queries and keys of a block of weights that a program writes
 
 
 # Of sm_90: the fastest on an H200 (docs/decisions.md), which for 64 rows are four warps: eight would share the
@@ -87,6 +86,16 @@ LEAST_SUMMED = 32
 DECODE = {64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 3)}  # head size -> block_n, num_warps, num_stages
 # Shared memory of a program on consumer GPUs (sm_86, sm_89, sm_120) is 99 KiB, of the others at least 163.
 SMALL = frozenset((86, 89, 120, 121))
+
+
+def may_be_tf32(arch: int, size: int) -> bool:
+    """Whether float32 heads of a size fit into shared memory on the way to tensor cores; if not they go without."""
+    return arch not in SMALL or size <= 128
+
+
+def weights_block(s: Shape) -> int:
+    """Queries and keys of a block of weights that a program writes."""
+    return 32 if s.bytes == 4 and s.size > 128 and s.arch in SMALL else 64
 
 
 def pick(kernel: str, table: dict, s: Shape) -> Config:

@@ -7,7 +7,7 @@ import triton.language as tl
 from seqkern.kernels.attention_backward import denominator
 from seqkern.kernels.launch import Launch, operand, prepare, run
 from seqkern.kernels.mods import drop, kept, rows, score, shown, weights_again
-from seqkern.kernels.tuning_attention import WEIGHTS_BLOCK
+from seqkern.kernels.tuning_attention import weights_block
 
 
 @triton.jit
@@ -54,6 +54,7 @@ def weights_kernel(
 
 def weights_launch(t, o, lse: torch.Tensor, out: torch.Tensor) -> Launch:
     call = prepare(t, o)
+    block = weights_block(call.shape)
     constants = {name: x for name, x in call.constants.items() if "DV" not in name}
     arguments = dict(
         q=operand(call.q),
@@ -66,10 +67,10 @@ def weights_launch(t, o, lse: torch.Tensor, out: torch.Tensor) -> Launch:
         MEAN=o.weights == "mean",
         BOTTOM_RIGHT=o.bottom_right,
         **constants,
-        BLOCK_M=WEIGHTS_BLOCK,
-        BLOCK_N=WEIGHTS_BLOCK,
+        BLOCK_M=block,
+        BLOCK_N=block,
     )
-    tiles = triton.cdiv(call.L, WEIGHTS_BLOCK) * triton.cdiv(call.S, WEIGHTS_BLOCK)
+    tiles = triton.cdiv(call.L, block) * triton.cdiv(call.S, block)
     return Launch(weights_kernel, tiles * call.B * (1 if o.weights == "mean" else call.Hq), arguments, 4, 1)
 
 

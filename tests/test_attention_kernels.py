@@ -338,3 +338,59 @@ def test_packed_lengths_beyond_the_memory_are_cut():
     wide = case.options._replace(max_seqlen_q=48, max_seqlen_k=67)
     got, want = run_triton(*wrong, *wide), run_triton(*case.tensors, *case.options)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def gradients(t, o, grad_output, grad_lse):
+    output, lse, _ = run_triton(*t, *o)
+    needs = True, True, *(x is not None for x in (t.bias, t.alibi_slopes, t.sinks))
+    return output, lse, run_triton_backward(grad_output, grad_lse, None, output, lse, *t, *o, *needs)
+
+
+@pytest.mark.parametrize("hidden_by", ["bias", "mask"])
+def test_a_gradient_that_is_not_finite_stops_at_a_row_that_sees_nothing(hidden_by):
+    """As of the square of lse, which is -inf there: 2 lse 0."""
+    case = make_case(**SMALL, bias="full", mask="full" if hidden_by == "mask" else "")
+    t = case.tensors
+    if hidden_by == "mask":
+        t.mask[:, :, 3] = False
+    else:
+        t.bias[:, :, 3] = -torch.inf
+    grad_output, grad_lse = (g.clone() for g in case.grads)
+    grad_lse[:, :, 3] = torch.nan
+    output, lse, got = gradients(t, case.options, grad_output, grad_lse)
+    assert (output[:, :, 3] == 0).all() and (lse[:, :, 3] == -torch.inf).all()
+    grad_lse[:, :, 3] = 0
+    for one, other in zip(got, gradients(t, case.options, grad_output, grad_lse)[2], strict=True):
+        assert torch.equal(one, other)
+        assert not one.isnan().any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "options", [{"mask": "keys"}, {"causal": "top-left"}, {"mask": "full", "window": (4, 4)}], ids=str
+)
+def test_a_hidden_key_has_no_gradient_behind_a_cap(options, value):
+    case = make_case(**SMALL | {"L": 20}, softcap=2.0, **options)
+    t = case.tensors
+    if t.mask is not None:
+        t.mask[..., 28:] = False
+    t.key[:, :, 28:] = t.value[:, :, 28:] = value
+    output, _, got = gradients(t, case.options, *case.grads)
+    for each in (output, *(g for g in got if g is not None)):
+        assert not each.isnan().any()
+    assert (got[1][:, :, 28:] == 0).all() and (got[2][:, :, 28:] == 0).all()
+
+
+@pytest.mark.parametrize("L", [20, 1])
+def test_no_sink_for_a_head(L):
+    case = make_case(**SMALL | {"L": L, "S": 600 if L == 1 else 33}, sinks=True, mask="full")
+    t = case.tensors
+    t.mask[:, :, 0] = False
+    t.sinks[0] = -torch.inf
+    output, lse, got = gradients(t, case.options, *case.grads)
+    assert (output[:, 0, 0] == 0).all() and (lse[:, 0, 0] == -torch.inf).all()
+    assert torch.allclose(lse[:, 1, 0], t.sinks[1])
+    for each in (output, *(g for g in got if g is not None)):
+        assert not each.isnan().any()
+    assert got[-1][0] == 0

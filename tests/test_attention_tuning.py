@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -57,6 +58,28 @@ def test_float32_is_exact_unless_torch_was_told_otherwise():
             assert precision(torch.float32) == want and precision(torch.float16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_what_torch_was_told_last_about_tf32_holds():
+    """By torch's later way, after which the earlier one raises when it is asked."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for name, want in (("tf32", "tf32"), ("ieee", "ieee")):
+            matmul.fp32_precision = name
+            assert precision(torch.float32) == want and precision(torch.bfloat16) == "ieee"
+            for arch, size in itertools.product(ARCHS, (64, 256)):
+                with mock.patch.object(launch, "architecture", return_value=arch):
+                    call = launch.prepare(*_of(make_case(D=size)))
+                small = arch in tuning.SMALL and size > 128  # their operands would take 128 of 99 KiB
+                assert call.constants["PRECISION"] == ("ieee" if small else want)
+                assert call.shape.tf32 == (call.constants["PRECISION"] == "tf32")
+    finally:
+        matmul.fp32_precision = before
+
+
+def _of(case):
+    return case.tensors, case.options
 
 
 EVERY = [
