@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from seqkern.ops import _library
 from seqkern.spec import attention as spec
@@ -65,6 +66,23 @@ def test_numbers_that_are_none(isa, bad, L, S):
         want = spec.attention(*Tensors(*t), *Options(0.5))[0]
         got = sdpa(*t, scale=0.5)
         assert torch.allclose(got, want, equal_nan=True, atol=1e-6), (which, got, want)
+
+
+def test_a_compilers_output_lies_as_the_real_one():
+    for query in (
+        torch.randn(2, 3, 5, 8),
+        torch.randn(2, 5, 3, 8).transpose(1, 2),
+        torch.randn(2, 5, 8, 3).permute(0, 3, 1, 2),  # copied before it is read
+        torch.randn(2, 5, 3, 1).transpose(1, 2),
+    ):
+        key = torch.randn(2, 3, 7, query.shape[3])
+        with FakeTensorMode() as fake:
+            made = sdpa(*(fake.from_tensor(t) for t in (query, key, key)))
+        assert (
+            made.stride()
+            == sdpa(query, key, key).stride()
+            == F.scaled_dot_product_attention(query, key, key).stride()
+        )
 
 
 def test_few_keys_behind_the_diagonal():

@@ -1,5 +1,6 @@
 """Which backend runs, and why the ones before it did not."""
 
+import inspect
 import subprocess
 import sys
 import threading
@@ -155,7 +156,10 @@ def test_triton_is_left_aside_until_a_gpu_has_shown_it_faster(monkeypatch):
     choice = _backend.choose(call)
     assert choice.name == "torch"
     assert "faster than torch's kernel yet" in dict(choice.declined)["triton"]
-    assert _backend.choose(call, "triton").name == "triton"
+    with seqkern.backend("triton"):
+        assert _backend.choose(call).name == "triton"
+    with pytest.raises(RuntimeError, match=r"runs within seqkern\.backend\('triton'\)"):
+        _backend.choose(call, "triton")  # alone it would run the kernels of the CPU
     # The way to the whole choice, which a compiler must be able to trace.
     monkeypatch.setattr(_backend, "special", 1)
     gru, x = seqkern.nn.GRU(3, 4), torch.randn(2, 1, 3)
@@ -335,3 +339,18 @@ def test_package_is_light_and_works_without_its_binary():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "could not be loaded" in done.stdout or "without its compiled kernels" in done.stdout
+
+
+def test_a_known_constant_is_none_of_a_graphs_business():
+    """Nor need it have been asked before: Dynamo does not trace into it."""
+
+    @_backend.known_constant
+    def length(cls):
+        return len(inspect.getsource(cls))
+
+    def scaled(x):
+        return x * length(FakeTensorMode)
+
+    x = torch.ones(2)
+    got = torch.compile(scaled, backend="eager", fullgraph=True)(x)
+    assert torch.equal(got, scaled(x)) and length.__name__ == "length"

@@ -1,11 +1,15 @@
 """What owners of a model do with it besides calling it, and what they get of torch's modules there."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
 import seqkern
 from seqkern import functional
+from seqkern.ops import _backend
 
 E, H, FF, B, L, S = 8, 2, 16, 2, 5, 3
 
@@ -178,3 +182,65 @@ class TestWhatIsSaved:
                 changed.zero_()
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 z.sum().backward()
+
+
+IN_PLACE = {
+    "MultiheadAttention": lambda: nn.MultiheadAttention(E, H, batch_first=True),
+    "TransformerEncoderLayer": lambda: nn.TransformerEncoderLayer(E, H, FF, 0.0, batch_first=True),
+    "TransformerDecoderLayer": lambda: nn.TransformerDecoderLayer(E, H, FF, 0.0, batch_first=True),
+    "GRU": lambda: nn.GRU(E, E, batch_first=True),
+    "RNN": lambda: nn.RNN(E, E, 2, batch_first=True),
+    "LSTM": lambda: nn.LSTM(E, E // 2, bidirectional=True, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("forced", [None, pytest.param("cpu", marks=pytest.mark.built)])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_an_output_may_be_added_to_the_input_in_place(name, train, forced):
+    """Where the batch stands first torch saves a copy of the input, by the way, and owners rely on it."""
+    layer, before = IN_PLACE[name]().train(train), nn.Linear(3, E)
+    start = torch.randn(B, L, 3)
+    inputs = {"MultiheadAttention": 3, "TransformerDecoderLayer": 2}.get(name, 1)
+    found = []
+    for accelerated in (False, True):
+        x = before(start)
+        with seqkern.backend(forced if accelerated else None):
+            output = (seqkern.accelerate(layer) if accelerated else layer)(*[x] * inputs)
+            x += output[0] if isinstance(output, tuple) else output
+            parameters = [*before.parameters(), *layer.parameters()]
+            found.append(torch.autograd.grad(x.square().sum(), parameters))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("missing", ["bias_ih", "bias_hh"])
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.LSTMCell, nn.GRUCell])
+def test_a_cell_with_one_bias(kind, missing):
+    cell, x = kind(5, 6), torch.randn(3, 5)
+    setattr(cell, missing, None)
+    h = torch.randn(3, 6)
+    states = (None, (h, h) if kind is nn.LSTMCell else h)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for hx in states:
+                want = seqkern.restore(cell)(x, hx)
+                with seqkern.enable():
+                    torch.testing.assert_close(cell(x, hx), want)
+                torch.testing.assert_close(seqkern.accelerate(cell)(x, hx), want)
+                with seqkern.backend("cpu" if _backend.CPU_READY else "reference"):
+                    torch.testing.assert_close(cell(x, hx), want)
+
+
+def test_a_layers_outputs_may_be_saved_in_a_checkpoint():
+    """Whose mode of dispatch forbids to change in place what an operator returned."""
+    saved = checkpoint.CheckpointPolicy.MUST_SAVE, checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+    contexts = partial(
+        checkpoint.create_selective_checkpoint_contexts,
+        lambda _, op, *args, **kwargs: saved["seqkern" not in str(op)],
+    )
+    layer, x = seqkern.nn.GRU(4, 8, batch_first=True), torch.randn(2, 3, 4, requires_grad=True)
+    found = checkpoint.checkpoint(lambda x: layer(x)[0], x, use_reentrant=False, context_fn=contexts)
+    (got,) = torch.autograd.grad(found.square().sum(), x)
+    (want,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
+    torch.testing.assert_close(got, want)

@@ -114,6 +114,8 @@ def _cell(
         output, c_n = _short_step(cell, input, hx, cx, w_ih, w_hh, b_ih, b_hh)
         if output is not None:
             return output, c_n
+    if (b_ih is None) != (b_hh is None):  # torch's kernels take one bias
+        b_ih, b_hh = (torch.zeros_like(b) if a is None else a for a, b in ((b_ih, b_hh), (b_hh, b_ih)))  # type: ignore[arg-type]
     check_cell(cell, _GATES[cell], input, hx, cx, w_ih, w_hh, b_ih, b_hh)
     unbatched = input.dim() == 1
     if unbatched:
@@ -377,6 +379,8 @@ def _layers(
         )
     else:
         output, h_n, c_n = input, [], []
+        if batch_first and batch_sizes is None and not unbatched and _keeps_input(weights):
+            output = input.contiguous()
         for layer in range(num_layers):
             if layer and dropout and training:
                 output = torch.dropout(output, dropout, True)
@@ -401,10 +405,16 @@ def _layers(
     return output, h_n, c_n
 
 
+def _keeps_input(weights: Sequence[Tensor]) -> bool:
+    """Whether the gradient reads the input. Where its batch stands first torch saves a copy, and callers may write to
+    the input, as by ``x += layer(x)``."""
+    return not torch.compiler.is_compiling() and _backend.needs_grad(weights)
+
+
 def _batch_first(cell: str, output: Tensor) -> Tensor:
     """[T, B, ..] as [B, T, ..]: of an LSTM a view, which nobody may write to in some circumstances, of the others the
     tensor itself, as torch gives them."""
-    if cell == "lstm" or torch.compiler.is_compiling() or _backend.in_transform() or output._is_view():
+    if cell == "lstm" or _backend.is_looked_on() or output._is_view():
         return output.transpose(0, 1)
     return output.transpose_(0, 1) if output.is_cpu else output.transpose(0, 1)  # cuDNN has saved it
 

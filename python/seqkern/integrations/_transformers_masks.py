@@ -7,12 +7,13 @@ torch. Either way the model's own code finds the mask that eager attention takes
 
 import inspect
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from seqkern.ops._backend import known_constant
 
 
 class Band(NamedTuple):
@@ -224,25 +225,20 @@ def _refuse_models_of_their_own(config) -> None:
         )
 
 
-@cache
+@known_constant
 def _use_the_interface(kind: type) -> bool:
+    """Whether the code of the models that name a configuration calls attention by name; reads sources."""
     named, beside = _models_of(kind)
     can: Any = [model._can_set_attn_implementation() for model in named or beside]  # type: ignore[attr-defined]
     # Of models that name one configuration, one may go on from another's results, as ESM's that folds.
     return any(can) if named else all(can)
 
 
-_use_the_interface._dynamo_marked_constant = True  # type: ignore[attr-defined]  # reads sources
-
-
-@cache
+@known_constant
 def _take_bool(kind: type) -> bool:
     """Whether the code of all models that name a configuration hands its mask on, which may then be one of bool."""
     named = _models_of(kind, published=False)[0]
     return bool(named) and all(model._supports_sdpa for model in named)  # type: ignore[attr-defined]
-
-
-_take_bool._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _models_of(kind: type, published: bool = True) -> tuple[list[type], list[type]]:

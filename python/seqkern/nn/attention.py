@@ -9,6 +9,7 @@ from seqkern.functional import attention, linear
 from seqkern.nn import _masks, _nested
 from seqkern.nn._modules import leaf_of_fx
 from seqkern.nn.cache import KVCache
+from seqkern.ops import _backend
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -72,6 +73,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         first = 0 if self.batch_first or unbatched else 1  # where the batch stands
         if unbatched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
+        if self.batch_first and not unbatched:
+            query, key, value = self._copied(query, key, value)
         if same and query is key and key is value:
             three = linear(query, self.in_proj_weight, self.in_proj_bias)
             three = three.view(
@@ -116,6 +119,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if unbatched:
             return output[0], shares if shares is None else shares[0]
         return output, shares
+
+    def _copied(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The inputs, copied where the gradient of a weight reads them: torch copies those whose batch stands first,
+        and callers may write to theirs, as by ``x += attention(x, x, x)[0]``."""
+        weights = self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        if torch.compiler.is_compiling() or not _backend.needs_grad(weights):
+            return inputs
+        copies: dict[int, Tensor] = {}
+        return tuple(
+            copies[id(x)] if id(x) in copies else copies.setdefault(id(x), x.clone()) for x in inputs
+        )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., E] each, by as few products as the inputs being one tensor allows."""

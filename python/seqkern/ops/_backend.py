@@ -14,12 +14,12 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from seqkern.ops import _attention_backends, _library, _linear_backends
+
+R = TypeVar("R")
 
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
 ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}
@@ -142,6 +144,21 @@ def _now_forced() -> str | None:
 
 # What torch.compiler.assume_constant_result does, which imports the whole of Dynamo to do it: a second.
 _now_forced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def known_constant(function: Callable[..., R]) -> Callable[..., R]:
+    """Keeps what the function returned for each argument, and has compiled graphs take it as a constant.
+
+    Dynamo looks for the mark behind functools.cache, where it would be lost: it has to be on a function that calls it.
+    """
+    kept = cache(function)
+
+    def call(*arguments):
+        return kept(*arguments)
+
+    call.__name__, call.__doc__ = function.__name__, function.__doc__
+    call._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return call
 
 
 def in_transform() -> bool:
@@ -344,12 +361,9 @@ def _torch_avoids(call: Call) -> str | None:
     return None
 
 
-@cache
+@known_constant
 def _is_hopper(index: int) -> bool:
     return torch.cuda.get_device_capability(index)[0] == 9
-
-
-_is_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as _now_forced
 
 
 def _triton_avoids(call: Call) -> str | None:
@@ -441,7 +455,12 @@ def pick(call: Call, name: str | None = None) -> Choice:
     else:
         named = forced()
     if named is not None:
-        if reason := declines(named, call):
+        by_name = INTERPRETED and named == "triton" != forced()  # the op, and its backward, could not tell
+        if (
+            reason := "Triton's interpreter runs within seqkern.backend('triton')"
+            if by_name
+            else declines(named, call)
+        ):
             raise RuntimeError(
                 f"backend {named!r} was forced for {call.op} but cannot serve it: {reason}; "
                 f"leave the choice open or force another of {', '.join(BACKENDS)}"
