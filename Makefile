@@ -37,7 +37,7 @@ check: native $(VENV)/dev.stamp  ## format, lint, types, structure, and the comp
 	$(MAKE) sanitize
 
 bench: native $(VENV)/dev.stamp  ## time every row against its peers; renew the tables and pictures
-	for suite in rnn attention transformer sdpa-sweep; do $(BIN)/seqkern bench $$suite || exit 1; done
+	for suite in rnn attention transformer sdpa-sweep; do $(BIN)/seqkern bench $$suite --rows all || exit 1; done
 	$(BIN)/python benchmarks/publish.py
 
 wheel: $(VENV)/dev.stamp  ## dist/*.whl for this Python

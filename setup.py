@@ -71,7 +71,9 @@ def toolchain() -> tuple[list[str], list[str]]:
     if mode() == "cuda":
         raise CannotBuild("this version has no CUDA sources; use SEQKERN_BUILD=cpu")
     if not sources():
-        raise CannotBuild("the C++ sources (csrc/) are not in this copy of the package")
+        raise CannotBuild(
+            "the C++ sources (csrc/) are not in this copy of the package, but in its repository"
+        )
     if sys.platform != "linux":
         raise CannotBuild(f"kernels are built on Linux only, this is {sys.platform}")
     compiler = find_compiler()
@@ -123,7 +125,7 @@ def run(command: list[str]) -> None:
     if done.returncode:
         lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
         first = next((line for line in lines if "error" in line), lines[0])
-        raise CannotBuild(f"the C++ compiler failed: {first}")
+        raise CannotBuild(f"the C++ compiler {command[0]} failed: {first}")
 
 
 def dependencies(depfile: Path) -> list[Path]:

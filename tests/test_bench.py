@@ -1,6 +1,7 @@
 """The benchmarks, on tiny rows and with a clock that is told the time."""
 
 import importlib.util
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from seqkern.bench import (
     onnx_recurrent,
     peers,
     pictures,
+    place,
     record,
     run,
     tables,
@@ -242,8 +244,34 @@ def test_markdown_shows_losses_like_wins(tiny, tmp_path):
 def test_a_line_that_is_no_result_is_named(tmp_path):
     path = tmp_path / "rnn-x.jsonl"
     path.write_text("{}\n")
-    with pytest.raises(ValueError, match="line 1 is not a result"):
+    with pytest.raises(ValueError, match=r"line 1 is not a result.*remove the line"):
         record.read(path)
+
+
+def test_results_begin_on_a_line_of_their_own(tiny, tmp_path):
+    made, _ = ran(tmp_path, "--peers", "torch")
+    path = tmp_path / "again.jsonl"
+    record.append(path, made)
+    whole = path.read_text()
+    path.write_text(whole.rstrip("\n"))
+    record.append(path, made)
+    assert path.read_text() == 2 * whole
+
+
+def test_a_file_that_cannot_be_read_is_told_before_anything_is_timed(tmp_path):
+    here = place.found("cpu")
+    path = tmp_path / f"rnn-{record.kind(here.machine())}.jsonl"
+    path.write_text("{}\n")
+    done = bench("rnn", "--filter", "GRU 1,100", "--output", str(tmp_path))
+    assert done.exit_code == 2 and "line 1 is not a result" in " ".join(done.output.split())
+    assert path.read_text() == "{}\n"
+
+
+def test_the_end_of_a_process_unwinds():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped, run.ended_in_order():
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -405,6 +433,9 @@ def test_a_peer_that_fails_is_left_out(tiny, tmp_path, monkeypatch, when):
         (("rnn", "--threads", "0"), "threads is 0"),
         (("rnn", "--peers", "torch,keras"), "peers names 'keras'"),
         (("rnn", "--filter", "elman"), "filter 'elman' fits none of the rows"),
+        (("rnn", "--filter", "LSTMCell"), "which are: LSTM 1,100,128,128,"),
+        (("rnn", "--filter", "LSTMCell"), "; it fits 4 with --rows all"),
+        (("rnn-cuda",), "there is no GPU here"),
         (("rnn", "--output", "/proc/nowhere"), "cannot write into the output folder"),
     ],
 )

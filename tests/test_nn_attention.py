@@ -478,3 +478,14 @@ def test_forced_backends(backend, mask, padding, weights):
     want = results(theirs, leaves, arrange, options, torch.float32)
     with seqkern.backend(backend):
         hold(results(ours, leaves, arrange, options, torch.float32), want, exact, torch.float32)
+
+
+@pytest.mark.parametrize("weights", [{}, {"average_attn_weights": False}, {"need_weights": False}], ids=str)
+def test_torch_forced_is_torchs(weights):
+    theirs = torch.nn.MultiheadAttention(E, H)
+    ours, x = seqkern.accelerate(copy.deepcopy(theirs)), torch.randn(5, 3, E)
+    with seqkern.backend("torch"):
+        got = ours(x, x, x, **weights)
+        assert [row.backend for row in seqkern.explain(ours, x, x, x, **weights).rows] == ["torch"]
+    for one, other in zip(got, theirs(x, x, x, **weights)):
+        assert one is other is None or torch.allclose(one, other, atol=1e-6)

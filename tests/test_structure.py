@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,28 @@ FLOORS = {
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 LEAVES = {"spec": {"torch"}, "kernels": {"torch", "triton"}, "charmodel": {"torch"}}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only a checkout knows what belongs to it")
+def test_a_source_archive_holds_what_is_needed_to_build_and_test(tmp_path):
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "egg_info",
+        "-e",
+        str(tmp_path),
+        "sdist",
+        "-d",
+        str(tmp_path),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    command = ["git", "ls-files"]
+    tracked = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    assert {name for name in tracked if not name.startswith(".")} <= held
+    assert "python/seqkern/py.typed" in held
 
 
 def sources() -> list[tuple[str, Path]]:

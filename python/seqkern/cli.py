@@ -39,14 +39,14 @@ def info() -> None:
         ("seqkern", seqkern.__version__),
         ("torch", torch.__version__),
         ("python", platform.python_version()),
-        ("backends", ", ".join(_backend.BACKENDS)),
+        ("backends", ", ".join(_backend.present())),
     ]
     if native is None:
         rows.append(("compiled kernels", f"missing: {_library.why_missing()}"))
     else:
         built = native.build_info()
         rows += [
-            ("compiled kernels", f"for the CPU, by {built['compiler']}"),
+            ("compiled kernels", f"for the CPU, by GCC {built['compiler']}"),
             ("instruction set", f"{native.isa()} of {', '.join(native.isas())}"),
             ("threads", native.num_threads()),
         ]
@@ -84,6 +84,9 @@ def verify() -> None:
         except seqkern.VerificationError as e:
             result, verdict = e.result, False
             failed += 1
+        except RuntimeError as e:  # a forced backend that does not serve the layer
+            typer.echo(f"seqkern verify: {name}: {e}", err=True)
+            raise typer.Exit(2) from e
         worst = max(result.rows, key=lambda row: row.seqkern / row.allowed)
         said = ", ".join(f"{key}={value}" for key, value in options.items())
         figures = (report.error(worst.torch), report.error(worst.seqkern), report.error(worst.allowed))

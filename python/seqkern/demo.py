@@ -119,11 +119,12 @@ def table(results: list[Result]):
         "writing, seqkern": lambda each: f"{each.writing[1]:.2f} s",
     }
     rows = [(name, *map(show, results)) for name, show in lines.items()]
-    steps = min(len(each.torch.losses) for each in results)
+    steps = {len(each.torch.losses) for each in results}
+    if len(steps) > 1:
+        rows.insert(1, ("steps", *(str(len(each.torch.losses)) for each in results)))
     columns = ["", *(each.cell for each in results)]
-    return report.table(
-        f"{steps} steps of training, same seed, same text", columns, rows, range(1, len(columns))
-    )
+    what = f"{steps.pop()} steps of training" if len(steps) == 1 else "Training"
+    return report.table(f"{what}, same seed, same text", columns, rows, range(1, len(columns)))
 
 
 def draw(results: list[Result], path: Path) -> None:
@@ -197,7 +198,7 @@ def main(
         console.print(
             Text(f"compiled kernels are missing, torch's run in both: {_library.why_missing()}", "yellow")
         )
-    until, results = time.monotonic() + SECONDS, []
+    end, results = time.monotonic() + SECONDS, []
     parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*parts, TextColumn("{task.fields[losses]}"), console=console) as progress:
         bars = [progress.add_task(each, total=steps, start=False, losses="") for each in cells]
@@ -208,6 +209,8 @@ def main(
                 losses = f"loss torch {theirs.losses[-1]:.3f}, seqkern {ours.losses[-1]:.3f}"
                 progress.update(bar, completed=len(ours.losses), losses=losses)
 
+            now = time.monotonic()
+            until = now + (end - now) / (len(cells) - len(results))  # what is left, shared out
             options = {"hidden": hidden, "batch": batch, "length": length, "seed": seed}
             results.append(train(each, corpus, steps=steps, until=until, advance=advance, **options))
     console.print(table(results))
@@ -217,7 +220,7 @@ def main(
         console.print(each.backends)
     best = min(results, key=lambda each: each.held_out[1])
     console.print(Text(f"\nwritten by the accelerated {best.cell}:", "bold"))
-    console.print(Text(best.sample))
+    console.print(Text(best.sample.encode(console.encoding, "replace").decode(console.encoding)))
     picture = output / "loss.png"
     try:
         draw(results, picture)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from seqkern.explanation import Explanation, detached_copy, explain
-from seqkern.swap import Swap, accelerate, restore, swaps
+from seqkern.swap import Swap, accelerate, check_module, restore, swaps
 from seqkern.testing import relative_rms, tolerance
 
 _DROPOUT_MODULES = (nn.modules.dropout._DropoutNd,)
@@ -230,7 +230,8 @@ def verify(model: nn.Module, *inputs: Any) -> Verification:
     >>> result.ok, [row.name for row in result.rows][:3]
     (True, ['output[0]', 'output[1]', 'd input'])
     """
-    plain = restore(detached_copy(model)) if isinstance(model, nn.Module) else restore(model)
+    check_module(model, "verify")
+    plain = restore(detached_copy(model))
     dropout = _silence_dropout(plain)
     fast = accelerate(detached_copy(plain))
     wide = detached_copy(plain).double()

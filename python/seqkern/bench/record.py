@@ -194,7 +194,10 @@ def default_folder() -> Path:
 def append(path: Path, records: Sequence[Record]) -> None:
     if not records:
         return
+    with path.open("a+b") as before:
+        cut = before.tell() and (before.seek(-1, os.SEEK_END), before.read(1))[1] != b"\n"
     with path.open("a", encoding="utf-8") as file:
+        file.write("\n" if cut else "")
         file.writelines(json.dumps(dataclasses.asdict(each)) + "\n" for each in records)
 
 
@@ -208,7 +211,9 @@ def read(path: Path) -> list[Record]:
             told["target"] = told["target"] and Target(**told["target"])
             found.append(Record(**told))
         except (ValueError, TypeError, KeyError) as e:
-            raise ValueError(f"{path}, line {number} is not a result: {e}") from e
+            raise ValueError(
+                f"{path}, line {number} is not a result: {e}; remove the line, or the file"
+            ) from e
     return found
 
 

@@ -1,8 +1,11 @@
 """``seqkern bench``: a suite's rows timed, judged, written down, drawn and shown."""
 
 import os
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,11 +63,13 @@ class Options:
             if name not in PEERS:
                 raise ValueError(f"peers names {name!r}, expected some of {', '.join(PEERS)}")
         if not self.work():
-            names = [row.name for row in SUITES[self.suite].rows]
+            names = list(dict.fromkeys(row.name for row, _ in replace(self, only="").work()))
             more = "" if len(names) <= SHOWN else f" and {len(names) - SHOWN} more"
+            others = len({row.name for row, _ in replace(self, rows="all").work()})
             raise ValueError(
-                f"filter {self.only!r} fits none of the rows ({self.rows}, {self.mode}); the suite has: "
+                f"filter {self.only!r} fits none of the rows ({self.rows}, {self.mode}), which are: "
                 f"{', '.join(names[:SHOWN])}{more}"
+                + (f"; it fits {others} with --rows all" if others else "")
             )
 
     def work(self) -> list[tuple[Row, str]]:
@@ -215,7 +220,8 @@ def run(options: Options, output: Path, console: Console) -> tuple[Path, list[st
     }
     path = output / f"{options.suite}-{record.kind(about['machine'])}.jsonl"
     ours, peers = Ours(torch.get_num_threads(), here), wanted_peers(options, here, console)
-    done = {each.key for each in record.read(path)} if options.resume and path.exists() else set()
+    kept = record.read(path) if path.exists() else []  # also to find now what could not be read afterwards
+    done = {each.key for each in kept} if options.resume else set()
     work = [(row, mode) for row, mode in options.work() if (row.name, mode) not in done]
     parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     made: list[Record] = []
@@ -288,6 +294,23 @@ def publish(paths: Sequence[Path], suite: str, page: Path, front: Path) -> list[
     return [each for of_one in drawn for each in of_one.values()]
 
 
+@contextmanager
+def ended_in_order() -> Iterator[None]:
+    """Has SIGTERM, a scheduler's or a container's, unwind as an interrupt does, so that what was measured is kept."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(options: Options, output: Path | None = None, console: Console | None = None) -> int:
     """Runs a suite and writes its results and picture into ``output``. Returns the exit code: 1 where a kernel
     failed the gate or broke down, `LOST` where its device then answered no more.
@@ -295,6 +318,7 @@ def main(options: Options, output: Path | None = None, console: Console | None =
     Raises ValueError for options that make no sense and for a folder that cannot be written, before anything runs.
     """
     options.check()
+    place.found(options.device or SUITES[options.suite].device)
     output = report.writable(output or record.default_folder())
     console = console or Console()
     if not console.is_terminal:
@@ -303,7 +327,7 @@ def main(options: Options, output: Path | None = None, console: Console | None =
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
-        with testing.without_torchs_warnings():
+        with testing.without_torchs_warnings(), ended_in_order():
             path, failed = run(options, output, console)
     except DeviceLost as e:
         console.print(Text(f"{options.suite} stopped: {e}", "bold red"))

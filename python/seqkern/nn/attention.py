@@ -61,6 +61,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         weights = ("mean" if average_attn_weights else "heads") if need_weights else False
+        if (
+            weights and _backend.special and _backend.forced() == "torch"
+        ):  # whose attention alone gives no weights
+            _backend.note(_backend.Call("attention", (query, key, value)), _backend.Choice("torch"))
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         if query.is_nested or key.is_nested or value.is_nested:
             _nested.check(self, query, key, value, key_padding_mask, attn_mask)
             return _nested.attend(self, query, weights)

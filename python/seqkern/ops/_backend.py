@@ -66,6 +66,12 @@ def _why_no_triton() -> str:
 TRITON_MISSING = _why_no_triton()
 
 
+def present() -> tuple[str, ...]:
+    """The backends that this installation has kernels of."""
+    missing = {"cpu": CPU_MISSING, "triton": TRITON_MISSING, "cuda": "none yet"}
+    return tuple(name for name in BACKENDS if not missing.get(name))
+
+
 class Call(NamedTuple):
     """What a backend is asked to serve."""
 
@@ -463,7 +469,7 @@ def pick(call: Call, name: str | None = None) -> Choice:
         ):
             raise RuntimeError(
                 f"backend {named!r} was forced for {call.op} but cannot serve it: {reason}; "
-                f"leave the choice open or force another of {', '.join(BACKENDS)}"
+                f"leave the choice open or force another of {', '.join(b for b in present() if b != named)}"
             )
         return Choice(named)
     input = call.tensors[0]

@@ -23,10 +23,8 @@ def _why_not_built() -> str:
     """What setup.py wrote down at install."""
     record = Path(__file__).parents[1] / "_build.json"
     found = json.loads(record.read_text())["reason"] if record.is_file() else ""
-    remedy = (
-        "install a C++ compiler (g++ >= 11) and then seqkern again, with SEQKERN_BUILD=cpu to see every error"
-    )
-    return f"{found or 'they were not built'}; {remedy}"
+    remedy = "mend that and install seqkern again, with SEQKERN_BUILD=cpu to see every error"
+    return f"{found or 'they were not built (a C++ compiler, g++ >= 11, is needed)'}; {remedy}"
 
 
 def native() -> ModuleType | None:
