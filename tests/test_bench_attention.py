@@ -27,7 +27,7 @@ from seqkern.bench.attention_models import OPTIONS
 from seqkern.bench.rows import FLEX, INFERENCE, MODES, ONNX, OURS, PEERS, TORCH, TRAINING
 from seqkern.bench.suites import SUITES
 from seqkern.bench.targets import PLAIN, Target, judge
-from seqkern.bench.transformer import DecoderRow, EncoderRow, GenerationRow, WeightsRow
+from seqkern.bench.transformer import BlocksRow, DecoderRow, EncoderRow, GenerationRow, WeightsRow
 from seqkern.cli import app
 
 TINY = AttentionRow("tiny", PEERS, "float32", 2, 4, 9, 8)
@@ -48,6 +48,8 @@ STACKS = {
     "encoder": EncoderRow("encoder", PEERS, "float32", INFERENCE, 2, 3, 1, 8, 2, 16),
     "encoder training": EncoderRow("encoder training", PEERS, "float32", TRAINING, 2, 3, 1, 8, 2, 16),
     "decoder": DecoderRow("decoder", transformer.DECODER, "float32", 2, 3, 5, 1, 8, 2, 16),
+    "blocks": BlocksRow("blocks", transformer.LINEAR, "float32", 2, 3, 2, 8, 2, 16),
+    "block": BlocksRow("block", transformer.LINEAR, "bfloat16", 2, 1, 2, 8, 2, 16),
     "weights": WeightsRow("weights", OPTION, "float32", 2, 3, 8, 2),
     "generation": GENERATION,
 }

@@ -52,7 +52,7 @@ def test_nothing_is_left_changed():
 
 
 def test_what_holds_nothing_and_what_cannot_be_called():
-    assert "nothing here" in str(seqkern.explain(nn.Linear(3, 4), torch.randn(2, 3)))
+    assert "nothing here" in str(seqkern.explain(nn.LayerNorm(3), torch.randn(2, 3)))
     with pytest.raises(TypeError, match="takes a module or a function"):
         seqkern.explain(3)  # type: ignore[arg-type]
 

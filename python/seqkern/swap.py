@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 NAMES = (
@@ -26,6 +27,7 @@ NAMES = (
     "TransformerEncoder",
     "TransformerDecoder",
     "Transformer",
+    "Linear",
 )
 # What a module is an instance of if it is one of these or a subclass; seqkern's recurrent layers are no nn.LSTM.
 BASES = (nn.RNNBase, nn.RNNCellBase, *(getattr(nn, name) for name in NAMES[6:]))
@@ -76,7 +78,7 @@ def _title(cls: type[nn.Module]) -> str:
 
 def _is_known(module: nn.Module) -> bool:
     if isinstance(module, BASES):
-        return True
+        return not isinstance(module, NonDynamicallyQuantizableLinear)  # a part of attention
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", "") in NAMES
     return type(module).__name__ in NAMES and type(module).__module__.startswith("torch.ao.")
@@ -95,6 +97,8 @@ def _objection(module: nn.Module, pairs: dict[type[nn.Module], type[nn.Module]])
             "parametrized (torch.nn.utils.parametrize): its class computes the weights; "
             "remove_parametrizations first"
         )
+    if isinstance(module, nn.LazyLinear):
+        return "its sizes are not known yet: run the model once, then accelerate"
     if type(module) not in pairs:
         own = "with its own forward" if _overrides_forward(type(module)) else "whose class would be lost"
         return f"a subclass of torch's {own}; write it on seqkern.nn instead"
@@ -121,10 +125,17 @@ def _overrides_forward(cls: type[nn.Module]) -> bool:
 
 
 def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if _is_known(module))
+    """The modules that have a twin, but for linear layers that are run by one that has."""
+    parts: set[int] = set()
+    layers = [pair for pair in _pairs().items() if pair[0].__name__.endswith("coderLayer")]
+    for name, module in model.named_modules():
+        if any(type(module) is theirs or isinstance(module, ours) for theirs, ours in layers):
+            parts.update(id(module._modules.get(part)) for part in ("linear1", "linear2"))
+        if _is_known(module) and id(module) not in parts:
+            yield name, module
 
 
-def _check(model: object, verb: str) -> None:
+def check_module(model: object, verb: str) -> None:
     if isinstance(model, nn.Module):
         return
     if isinstance(model, type) and issubclass(model, nn.Module):
@@ -162,7 +173,8 @@ def accelerate(model: M) -> M:
     """Swaps each module of the model whose class has a twin in `seqkern.nn` for it, in place.
 
     These are ``torch.nn.{RNN,LSTM,GRU,RNNCell,LSTMCell,GRUCell,MultiheadAttention,TransformerEncoderLayer,
-    TransformerDecoderLayer,TransformerEncoder,TransformerDecoder,Transformer}``.
+    TransformerDecoderLayer,TransformerEncoder,TransformerDecoder,Transformer,Linear}``; the linear layers within a
+    transformer's layer stay torch's, since the layer runs them itself.
     Modules that cannot be swapped without changing what they compute (parametrized, scripted or traced,
     quantized, subclassed, with a forward or a class that was patched) stay as they are; `swaps` says which and
     why. A module used in several places is swapped once; a second call changes nothing; after an error nothing
@@ -184,7 +196,7 @@ def accelerate(model: M) -> M:
     >>> type(model[1]) is seqkern.nn.GRU
     True
     """
-    _check(model, "accelerate")
+    check_module(model, "accelerate")
     pairs = _pairs()
     found = [module for _, module in _known(model) if not _objection(module, pairs)]
     _assign([(module, pairs[type(module)], True) for module in found])
@@ -203,7 +215,7 @@ def restore(model: M) -> M:
     >>> type(seqkern.restore(model)) is torch.nn.LSTM
     True
     """
-    _check(model, "restore")
+    check_module(model, "restore")
     back = {ours: theirs for theirs, ours in _pairs().items()}
     found = [module for _, module in _known(model) if _is_swapped(module, back)]
     _assign([(module, _undone(module, back), False) for module in found])
@@ -262,7 +274,7 @@ def swaps(model: nn.Module) -> list[Swap]:
     0 torch.nn.RNN seqkern.nn.RNN swapped
     1 seqkern.nn.GRU None already a seqkern module
     """
-    _check(model, "swaps")
+    check_module(model, "swaps")
     pairs = _pairs()
     back = {ours: theirs for theirs, ours in pairs.items()}
     rows = []

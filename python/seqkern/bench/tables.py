@@ -29,7 +29,7 @@ from seqkern.bench.rows import (
 )
 from seqkern.bench.suites import SUITES
 from seqkern.bench.targets import PLAIN, best_ratio
-from seqkern.bench.transformer import DECODER, GENERATION
+from seqkern.bench.transformer import DECODER, GENERATION, LINEAR
 
 HEADINGS = {
     PEERS: "the rows of the peers' published figures",
@@ -40,6 +40,7 @@ HEADINGS = {
     LENGTHS: "the length of the sequence",
     DECODER: "a decoder with a memory: B,L,S",
     GENERATION: "greedy decoding",
+    LINEAR: "models of torch.nn.Linear and scaled_dot_product_attention: B,L",
     ON_CHIP: "recurrent weights that one multiprocessor holds",
     STEPS: "weights that fit no multiprocessor",
     PACKED: "packed sequences, lengths even from 1 to T",
@@ -57,7 +58,7 @@ SHORT = {
     VARLEN: "varlen",
 }
 SLOW_SHOWN = 10  # of a sweep
-IN_SHORT = frozenset({PEERS, DECODE, GENERATION, ON_CHIP, STEPS, PACKED, GRAPHED})
+IN_SHORT = frozenset({PEERS, DECODE, GENERATION, LINEAR, ON_CHIP, STEPS, PACKED, GRAPHED})
 
 
 def by_first(records: Iterable[Record], field: str) -> list[str]:

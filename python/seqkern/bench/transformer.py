@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqkern.bench.attention import ATTENTION_TRAINING_FLOP, BF16, MOST, OPTION
-from seqkern.bench.rows import INFERENCE, PEERS, TOKENS, TORCH, TRAINING, TRAINING_FLOP, Row
+from seqkern.bench.rows import INFERENCE, MODES, PEERS, TOKENS, TORCH, TRAINING, TRAINING_FLOP, Row
 from seqkern.bench.targets import PLAIN, Target
 
-DECODER, GENERATION = "decoder", "generation"
+DECODER, GENERATION, LINEAR = "decoder", "generation", "linear"
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,59 @@ class DecoderRow(StackRow):
 
     def target(self, mode: str) -> Target | None:
         return Target(1.0, TORCH)
+
+
+class Block(nn.Module):
+    """A decoder's layer as language models write their own: norms first, one head size, no class of a transformer."""
+
+    def __init__(self, E: int, heads: int, ff: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(E) for _ in range(2))
+        self.q, self.k, self.v, self.out = (nn.Linear(E, E, bias=False) for _ in range(4))
+        self.up, self.down = nn.Linear(E, ff), nn.Linear(ff, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[0](x)
+        q, k, v = (p(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(heads.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+
+@dataclass(frozen=True)
+class BlocksRow(StackRow):
+    """A decoder of such layers on ``[B, L, E]``, of which seqkern has the linear layers; a position alone as in
+    decoding."""
+
+    B: int
+    L: int
+    layers: int = 6
+    E: int = 768
+    heads: int = 12
+    ff: int = 3072
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return MODES if self.L > 1 else (INFERENCE,)
+
+    def target(self, mode: str) -> Target | None:
+        return Target(0.95, TORCH)  # torch's own kernels run some
+
+    def build(self) -> tuple[nn.Module, tuple[Any, ...]]:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            layers = [Block(self.E, self.heads, self.ff) for _ in range(self.layers)]
+            model = nn.Sequential(*layers, nn.LayerNorm(self.E)).to(self.torch_dtype)
+            x = torch.randn(self.B, self.L, self.E).to(self.torch_dtype)
+        return model, (x,)
+
+    def depth(self) -> int:
+        return self.layers
+
+    def _flop(self, linear: float, attention: float) -> float:
+        per_token = linear * 2.0 * (4 * self.E**2 + 2 * self.E * self.ff) + attention * 2.0 * self.L * self.E
+        return per_token * self.layers * self.B * self.L
 
 
 class Weighted(nn.Module):
@@ -261,6 +315,11 @@ def rows() -> tuple[Row, ...]:
         GenerationRow("64 tokens, 6x512, batch 16", GENERATION, f32, 16),
         WeightsRow("weights 4,512,512", OPTION, f32, 4, 512, 512, 8),
         DecoderRow("decoder 6x512 8,64,64", DECODER, f32, 8, 64, 64),
+        *(
+            BlocksRow(f"{short}nn.Linear 6x768 {B},{L}", LINEAR, dtype, B, L)
+            for short, dtype in (("", f32), ("bf16 ", "bfloat16"))
+            for B, L in ((1, 1), (4, 1), (16, 1), (4, 128))
+        ),
         EncoderRow("bf16 encoder 6x384 32,64", BF16, "bfloat16", INFERENCE, 32, 64),
         EncoderRow("bf16 encoder 6x384 8,128", BF16, "bfloat16", TRAINING, 8, 128),
     )

@@ -73,17 +73,23 @@ def _is_nobodys(output: Tensor, *made_of: Tensor | None) -> bool:
 
 def _is_ours(input, weight, bias) -> bool:
     call = (input, weight, bias)
-    if (
-        not (isinstance(weight, Tensor) and weight.dim() == 2 and isinstance(input, Tensor))
-        or input.is_nested
-    ):
+    if not _is_matrix(input, weight):
         return False
     if not _backend.special:  # the rule comes first: a small layer is over before more is asked
         return not _backend.torch_outruns("linear", call) and _fits(*call) and _backend.serves_cpu(call)
-    # Another backend is forced for what it has: linear layers stay torch's.
-    if not _fits(*call) or _backend.forced() not in (None, "cpu"):
+    return _fits(*call) and _choice(*call).name == "cpu"
+
+
+def _is_matrix(input, weight) -> bool:
+    if not (isinstance(weight, Tensor) and isinstance(input, Tensor)):
         return False
-    return _backend.pick(_backend.Call("linear", call)).name == "cpu"
+    return weight.dim() == 2 and not input.is_nested
+
+
+def _choice(input: Tensor, weight: Tensor, bias: Tensor | None) -> _backend.Choice:
+    if _backend.forced() not in (None, "cpu"):
+        return _backend.Choice("torch")  # another one is forced for what it has: linear layers stay torch's
+    return _backend.pick(_backend.Call("linear", (input, weight, bias)))
 
 
 def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -91,3 +97,9 @@ def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         return False
     return bias is None or (isinstance(bias, Tensor) and bias.shape == weight.shape[:1])
+
+
+def show(input, weight, bias) -> None:
+    """Tells `explain` which backend `linear` takes, which itself does not: layers call it for their parts."""
+    if _is_matrix(input, weight) and _fits(input, weight, bias):
+        _backend.note(_backend.Call("linear", (input, weight, bias)), _choice(input, weight, bias))

@@ -3,6 +3,7 @@
 from seqkern.nn.attention import MultiheadAttention
 from seqkern.nn.cache import KVCache
 from seqkern.nn.cells import GRUCell, LSTMCell, RNNCell
+from seqkern.nn.linear import Linear
 from seqkern.nn.rnn import GRU, LSTM, RNN
 from seqkern.nn.transformer import (
     Transformer,
@@ -19,6 +20,7 @@ __all__ = [
     "GRUCell",
     "KVCache",
     "LSTMCell",
+    "Linear",
     "MultiheadAttention",
     "RNNCell",
     "Transformer",

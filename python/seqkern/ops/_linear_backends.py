@@ -9,6 +9,9 @@ from seqkern.ops import _library
 FEW_ROWS = 16  # for which weights are read as they lie
 FEW_ROWS_OF_16_BITS = 4
 WEIGHTS_WORTH_IT = 250_000  # of such a layer
+# Of float32 and float64 where torch's MKL was made for the processor: fewer rows are gemv's, fewer weights cached.
+ROWS_WORTH_IT, WEIGHTS_WORTH_IT_BESIDE_MKL = 4, 500_000
+WEIGHTS_TERM_BY_TERM = 4_000  # where torch multiplies TERM_BY_TERM, or CONVERTED
 FLOP_WORTH_PACKING = 10e6  # of a layer of more rows
 FLOP_WORTH_A_GRADIENT = 50e6  # of one that is differentiated
 FLOP_TERM_BY_TERM = 1e6  # where torch multiplies TERM_BY_TERM, or CONVERTED
@@ -56,6 +59,10 @@ CONVERTED = (
 )
 
 
+# Dtypes of which nothing but few rows of large layers without a gradient is ours.
+_MULTIPLIED_WELL = frozenset((torch.float64,) if DENSE else (torch.float32, torch.float64))
+
+
 def _lacks_dots(dtype: torch.dtype) -> bool:
     return dtype in TERM_BY_TERM or dtype in CONVERTED
 
@@ -65,11 +72,23 @@ def few_rows(dtype: torch.dtype) -> int:
     return FEW_ROWS if dtype.itemsize > 2 else FEW_ROWS_OF_16_BITS
 
 
+def _weights_worth_it(rows: int, dtype: torch.dtype) -> int | None:
+    """How many weights a layer of few rows must have, without a gradient; None where no number makes it worth it."""
+    if _lacks_dots(dtype):
+        return WEIGHTS_WORTH_IT if rows == 1 and dtype is torch.bfloat16 else WEIGHTS_TERM_BY_TERM
+    if DENSE or dtype.itemsize == 2 or rows == FEW_ROWS:
+        return WEIGHTS_WORTH_IT
+    return WEIGHTS_WORTH_IT_BESIDE_MKL if rows >= ROWS_WORTH_IT else None
+
+
 def torch_outruns(rows: int, weight: torch.Tensor, grad: bool) -> str | None:
     """Why torch's kernel is the faster one, or None."""
     dtype = weight.dtype
     if not grad and rows <= few_rows(dtype):
-        return "a linear layer of few weights" if weight.numel() < WEIGHTS_WORTH_IT else None
+        least = _weights_worth_it(rows, dtype)
+        if least is None:
+            return "a linear layer of so few rows"
+        return "a linear layer of few weights" if weight.numel() < least else None
     flop = 2 * rows * weight.numel()
     if _lacks_dots(dtype):
         return "a linear layer so small" if flop < FLOP_TERM_BY_TERM else None
@@ -79,6 +98,14 @@ def torch_outruns(rows: int, weight: torch.Tensor, grad: bool) -> str | None:
         return "a linear layer of bfloat16"
     least = FLOP_WORTH_A_GRADIENT if grad else FLOP_WORTH_PACKING
     return "a linear layer so small" if flop < least else None
+
+
+def torch_has_it(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether torch's kernel is the faster one for the layer: what a module asks first, as most calls end here."""
+    if weight.dtype in _MULTIPLIED_WELL and (weight.numel() < WEIGHTS_WORTH_IT or torch.is_grad_enabled()):
+        return True
+    grad = torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad)
+    return torch_outruns(input.numel() // max(1, weight.size(-1)), weight, grad) is not None
 
 
 def gradient_of_weights_is_ours(rows: int, dtype: torch.dtype) -> bool:

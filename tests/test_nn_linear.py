@@ -1,0 +1,239 @@
+"""nn.Linear: torch's in all that a model may do with it, on our kernels where those are the faster ones."""
+
+import copy
+import io
+import pickle
+import warnings
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+import seqkern
+from seqkern.ops import _linear_backends
+from seqkern.testing import DTYPES, relative_rms, tolerance
+
+LARGE = 512  # features of a layer whose few rows are ours
+
+
+def pair(K=6, N=7, dtype=torch.float32, **options):
+    """torch's layer and its twin, of the same numbers."""
+    theirs = nn.Linear(K, N, dtype=dtype, **options)
+    return theirs, seqkern.accelerate(copy.deepcopy(theirs))
+
+
+def same(got, want, exact=None):
+    assert (got.shape, got.dtype, got.requires_grad) == (want.shape, want.dtype, want.requires_grad)
+    exact = want.double() if exact is None else exact
+    assert relative_rms(got, exact) <= tolerance(got.dtype, relative_rms(want, exact))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_and_gradients_are_torchs(run_on, dtype, bias):
+    for lead in ((), (0,), (1,), (3,), (16,), (2, 5, 3), (67,)):
+        for K, N in ((1, 1), (6, 7), (LARGE, LARGE + 3)):
+            theirs, ours = pair(K, N, dtype, bias=bias)
+            x = torch.randn(*lead, K).to(dtype)
+            with torch.no_grad():
+                same(ours(x), theirs(x), copy.deepcopy(theirs).double()(x.double()))
+            inputs = x.requires_grad_(), x.detach().double().requires_grad_()
+            exact = copy.deepcopy(theirs).double()
+            grad = torch.randn(*lead, N).to(dtype)
+            found = [
+                torch.autograd.grad(layer(at), (at, *layer.parameters()), grad.to(at.dtype))
+                for layer, at in ((ours, inputs[0]), (theirs, inputs[0]), (exact, inputs[1]))
+            ]
+            for got, want, wide in zip(*found):
+                same(got, want, wide)
+
+
+@pytest.mark.native
+@pytest.mark.built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [32, LARGE, 2 * LARGE])
+def test_the_rules_say_whose_it_is(dtype, size):
+    _, ours = pair(size, size, dtype)
+    for rows in (1, 2, 4, 5, 16, 17, 100):
+        x = torch.randn(rows, size).to(dtype)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                (row,) = seqkern.explain(ours, x).rows
+                slower = _linear_backends.torch_outruns(rows, ours.weight, grad)
+                assert (row.kind, row.backend) == ("seqkern.nn.Linear", "torch" if slower else "cpu")
+                assert _linear_backends.torch_has_it(x, ours.weight) == bool(slower)
+                with seqkern.backend("torch"):
+                    assert seqkern.explain(ours, x).rows[0].backend == "torch"
+
+
+def test_sixteen_rows_of_a_large_layer_are_ours_on_every_processor():
+    for dtype in (torch.float32, torch.float64):
+        assert _linear_backends.torch_outruns(16, torch.empty(LARGE, LARGE, dtype=dtype), False) is None
+
+
+def test_state_copies_and_pickles():
+    theirs, ours = pair(bias=True)
+    assert list(ours.state_dict()) == list(theirs.state_dict()) and repr(ours) == repr(theirs)
+    assert isinstance(ours, nn.Linear) and ours.in_features == 6 and ours.out_features == 7
+    x = torch.randn(4, 6)
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    for each in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(file, weights_only=False)):
+        assert type(each) is seqkern.nn.Linear
+        same(each(x), theirs(x))
+    written = seqkern.nn.Linear(6, 7, bias=False, dtype=torch.float64)
+    written.load_state_dict({"weight": theirs.weight.double()})
+    same(written(x.double()), F.linear(x.double(), theirs.weight.double()))
+    assert type(seqkern.restore(ours)) is nn.Linear
+
+
+def test_what_is_swapped_in_a_model():
+    class Low(nn.Linear):
+        def forward(self, input):
+            return super().forward(input) + 1
+
+    class Own(nn.TransformerEncoderLayer):
+        def forward(self, src, *args, **kwargs):
+            return super().forward(src, *args, **kwargs)
+
+    model = nn.Sequential(
+        nn.Linear(8, 8),
+        nn.TransformerEncoderLayer(8, 2, 16),
+        Own(8, 2, 16),
+        Low(8, 8),
+        nn.LazyLinear(4),
+        nn.MultiheadAttention(8, 2),
+        parametrize.register_parametrization(nn.Linear(4, 4), "weight", nn.Identity()),
+        torch.jit.script(nn.Linear(4, 4)),
+    )
+    rows = {row.name: row for row in seqkern.swaps(seqkern.accelerate(model))}
+    swapped = ["0", "1", "1.self_attn", "2.self_attn", "2.linear1", "2.linear2", "5"]
+    assert [name for name, row in rows.items() if row.after] == swapped
+    for name, words in {
+        "3": "own forward",
+        "4": "sizes are not known",
+        "6": "parametrized",
+        "7": "scripted",
+    }.items():
+        assert words in rows[name].reason
+    assert len(rows) == len(swapped) + 5 and type(model[1].linear1) is nn.Linear
+    assert rows["0"].before == "torch.nn.Linear" and rows["0"].after == "seqkern.nn.Linear"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of lazy modules
+        model[4](torch.zeros(2, 8))
+    assert type(seqkern.accelerate(model)[4]) is seqkern.nn.Linear
+    seqkern.restore(model)
+    assert not [row for row in seqkern.swaps(model) if row.after] and type(model[4]) is nn.Linear
+
+
+def weight_normed(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
+OWNERS = {
+    "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    "weight_norm": weight_normed,
+    "spectral_norm": nn.utils.spectral_norm,
+    "parametrized": lambda layer: parametrize.register_parametrization(layer, "weight", nn.Tanh()),
+    "tied": lambda layer: layer.register_parameter("weight", nn.Parameter(torch.randn(layer.weight.shape))),
+    "no bias any more": lambda layer: setattr(layer, "bias", None),
+    "transposed": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.T.contiguous().T)),
+}
+
+
+@pytest.mark.parametrize("size", [6, LARGE])
+@pytest.mark.parametrize("name", OWNERS)
+def test_what_owners_do_to_a_layer(name, size):
+    theirs, ours = pair(size, size)
+    for layer in (theirs, ours):
+        torch.manual_seed(0)
+        OWNERS[name](layer)
+    x = torch.randn(3, size)
+    for grad in (True, False):
+        for layer in (theirs, ours):
+            layer.eval()
+        with torch.set_grad_enabled(grad):
+            same(ours(x), theirs(x))
+
+
+def test_hooks_run_once():
+    _, ours = pair(LARGE, LARGE)
+    calls = []
+    ours.register_forward_pre_hook(lambda module, args: calls.append("before"))
+    ours.register_forward_hook(lambda module, args, output: calls.append("after"))
+    ours.register_full_backward_hook(lambda module, inputs, outputs: calls.append("gradient"))
+    ours(torch.randn(2, LARGE, requires_grad=True)).sum().backward()
+    with torch.no_grad():
+        ours(torch.randn(2, LARGE))
+    assert calls == ["before", "after", "gradient", "before", "after"]
+
+
+@pytest.mark.parametrize("size", [6, LARGE])
+def test_traces_transforms_and_graphs(size):
+    theirs, ours = pair(size, size)
+    x = torch.randn(3, size)
+    want = theirs(x)
+    same(torch.fx.symbolic_trace(nn.Sequential(ours))(x), want)
+    assert [node.op for node in torch.fx.symbolic_trace(nn.Sequential(ours)).graph.nodes][1] == "call_module"
+    with torch.no_grad():
+        same(torch.jit.trace(ours, x)(x), want.detach())
+    same(torch.export.export(ours, (x,)).module()(x), want)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    for rows in (3, 5, 40):  # no rule of ours stands in the way of one graph for all
+        compiled = torch.compile(ours, backend=keep, fullgraph=True, dynamic=True)
+        same(compiled(torch.cat([x] * 14)[:rows]), theirs(torch.cat([x] * 14)[:rows]))
+    assert len(graphs) == 1
+    weights = {name: torch.stack([p, 2 * p]) for name, p in ours.state_dict().items()}
+    many = torch.func.vmap(partial(torch.func.functional_call, ours), in_dims=(0, None))(weights, x)
+    torch.testing.assert_close(many, torch.stack([want, 2 * want]), rtol=1e-4, atol=1e-4)
+    _, moved = torch.func.jvp(ours, (x,), (x,))
+    torch.testing.assert_close(moved, want - theirs.bias, rtol=1e-4, atol=1e-4)
+
+
+def test_casts_and_other_devices():
+    theirs, ours = pair(LARGE, LARGE)
+    x = torch.randn(3, LARGE)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(ours(x), theirs(x))
+    with torch.inference_mode():
+        same(ours(x), theirs(x))
+    for move in (nn.Module.double, nn.Module.bfloat16, nn.Module.half):
+        moved, want = move(copy.deepcopy(ours)), move(copy.deepcopy(theirs))
+        at = x.to(moved.weight.dtype)
+        same(moved(at), want(at), copy.deepcopy(want).double()(at.double()))
+    assert copy.deepcopy(ours).to("meta")(x.to("meta")).shape == (3, LARGE)
+    assert nn.utils.skip_init(seqkern.nn.Linear, 6, 7)(torch.zeros(2, 6)).shape == (2, 7)
+
+
+BAD = {
+    "features": torch.zeros(2, 5),
+    "dtype": torch.zeros(2, LARGE, dtype=torch.float64),
+    "no dimension": torch.zeros(()),
+    "no tensor": [[0.0] * LARGE],
+    "device": torch.zeros(2, LARGE, device="meta"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors_are_torchs(name):
+    theirs, ours = pair(LARGE, LARGE)
+    with torch.no_grad():
+        for context in (torch.enable_grad(), torch.no_grad()):
+            with context:
+                with pytest.raises(Exception) as want:
+                    theirs(BAD[name])
+                with pytest.raises(want.type):
+                    ours(BAD[name])
