@@ -6,6 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import torch  # noqa: F401  # first: the compiled part finds torch's libraries by name
+
 
 @cache
 def _load() -> tuple[ModuleType | None, str]:
