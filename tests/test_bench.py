@@ -267,6 +267,23 @@ def test_a_file_that_cannot_be_read_is_told_before_anything_is_timed(tmp_path):
     assert path.read_text() == "{}\n"
 
 
+def test_what_was_timed_is_kept_when_a_process_is_ended(tiny, tmp_path, monkeypatch):
+    asked, timed = [], run.run_row
+
+    def run_row(row, *rest):
+        asked.append(row.name)
+        if len(asked) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return timed(row, *rest)
+
+    monkeypatch.setattr(run, "run_row", run_row)
+    with pytest.raises(SystemExit) as stopped:
+        run.main(run.Options("rnn", peers=("torch",), threads=1), tmp_path)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    (path,) = tmp_path.glob("*.jsonl")
+    assert [each.name for each in record.read(path)] == asked[:1]
+
+
 def test_the_end_of_a_process_unwinds():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped, run.ended_in_order():

@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune
+from torch.overrides import TorchFunctionMode
 
 import seqkern
-from seqkern.ops import _linear_backends
+from seqkern.nn import linear as linear_module
+from seqkern.nn._step import is_plain
+from seqkern.ops import _linear_backends, linear
 from seqkern.testing import DTYPES, relative_rms, tolerance
 
-LARGE = 512  # features of a layer whose few rows are ours
+LARGE, ROWS = 512, 16  # features and rows of a layer that is ours without a gradient, on every processor
 
 
 def pair(K=6, N=7, dtype=torch.float32, **options):
@@ -155,7 +158,7 @@ def test_what_owners_do_to_a_layer(name, size):
     for layer in (theirs, ours):
         torch.manual_seed(0)
         OWNERS[name](layer)
-    x = torch.randn(3, size)
+    x = torch.randn(ROWS, size)
     for grad in (True, False):
         for layer in (theirs, ours):
             layer.eval()
@@ -169,9 +172,9 @@ def test_hooks_run_once():
     ours.register_forward_pre_hook(lambda module, args: calls.append("before"))
     ours.register_forward_hook(lambda module, args, output: calls.append("after"))
     ours.register_full_backward_hook(lambda module, inputs, outputs: calls.append("gradient"))
-    ours(torch.randn(2, LARGE, requires_grad=True)).sum().backward()
+    ours(torch.randn(ROWS, LARGE, requires_grad=True)).sum().backward()
     with torch.no_grad():
-        ours(torch.randn(2, LARGE))
+        ours(torch.randn(ROWS, LARGE))
     assert calls == ["before", "after", "gradient", "before", "after"]
 
 
@@ -204,7 +207,7 @@ def test_traces_transforms_and_graphs(size):
 
 def test_casts_and_other_devices():
     theirs, ours = pair(LARGE, LARGE)
-    x = torch.randn(3, LARGE)
+    x = torch.randn(ROWS, LARGE)
     for grad in (False, True):
         with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(ours(x), theirs(x))
@@ -214,26 +217,121 @@ def test_casts_and_other_devices():
         moved, want = move(copy.deepcopy(ours)), move(copy.deepcopy(theirs))
         at = x.to(moved.weight.dtype)
         same(moved(at), want(at), copy.deepcopy(want).double()(at.double()))
-    assert copy.deepcopy(ours).to("meta")(x.to("meta")).shape == (3, LARGE)
+    assert copy.deepcopy(ours).to("meta")(x.to("meta")).shape == (ROWS, LARGE)
     assert nn.utils.skip_init(seqkern.nn.Linear, 6, 7)(torch.zeros(2, 6)).shape == (2, 7)
 
 
 BAD = {
-    "features": torch.zeros(2, 5),
-    "dtype": torch.zeros(2, LARGE, dtype=torch.float64),
-    "no dimension": torch.zeros(()),
-    "no tensor": [[0.0] * LARGE],
-    "device": torch.zeros(2, LARGE, device="meta"),
+    "features": lambda _: torch.zeros(ROWS, 5),
+    "dtype": lambda _: torch.zeros(ROWS, LARGE, dtype=torch.float64),
+    "no dimension": lambda _: torch.zeros(()),
+    "no tensor": lambda _: [[0.0] * LARGE] * ROWS,
+    "device": lambda _: torch.zeros(ROWS, LARGE, device="meta"),
+    "weight not there yet": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.to("meta"))),
+    "bias not there yet": lambda layer: setattr(layer, "bias", nn.Parameter(layer.bias.to("meta"))),
+    "bias of another size": lambda layer: setattr(layer, "bias", nn.Parameter(torch.zeros(LARGE + 1))),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_errors_are_torchs(name):
     theirs, ours = pair(LARGE, LARGE)
+    inputs = [BAD[name](layer) for layer in (theirs, ours)]
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context:
+            theirs_says, ours_says = (
+                outcome(layer, torch.zeros(ROWS, LARGE) if x is None else x)
+                for layer, x in zip((theirs, ours), inputs)
+            )
+            assert theirs_says == ours_says
+
+
+def outcome(layer, x):
+    """The kind of error, or where a result is: of a weight on meta torch computes one."""
+    try:
+        return layer(x).device
+    except Exception as error:
+        return type(error)
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The calls that went to the op without a second look."""
+    calls = []
+
+    def direct(*arguments):
+        calls.append(arguments)
+        return linear.direct_linear(*arguments)
+
+    monkeypatch.setattr(linear_module, "direct_linear", direct)
+    return calls
+
+
+@pytest.mark.native
+@pytest.mark.built
+def test_the_short_way_is_for_plain_calls_without_a_gradient(tried):
+    _, ours = pair(LARGE, LARGE)
+    x = torch.randn(ROWS, LARGE)
+    ours(x)
     with torch.no_grad():
-        for context in (torch.enable_grad(), torch.no_grad()):
-            with context:
-                with pytest.raises(Exception) as want:
-                    theirs(BAD[name])
-                with pytest.raises(want.type):
-                    ours(BAD[name])
+        ours(x)
+        assert len(tried) == 1
+        with seqkern.backend("torch"):
+            ours(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours(x)
+        with ByFunction() as seen:
+            ours(x)
+        assert seen.functions == [F.linear]  # as of torch's layer
+        meta = copy.deepcopy(ours).to("meta")
+        meta(x.to("meta"))
+    assert len(tried) == 1
+
+
+class ByFunction(TorchFunctionMode):
+    def __init__(self):
+        self.functions = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.functions.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.gpu
+def test_a_gpus_layers_are_torchs(tried):
+    theirs, ours = (layer.cuda() for layer in pair(LARGE, LARGE))
+    x = torch.randn(ROWS, LARGE, device="cuda")
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+    assert not tried
+
+
+def test_what_was_swapped_within_a_layer_is_fast_listed_and_restored():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval()
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        want = copy.deepcopy(encoder)(x)
+        encoder.apply(seqkern.accelerate)  # the parts first
+        assert type(encoder.layers[0].linear1) is seqkern.nn.Linear
+        same(encoder(x), want)
+        assert is_plain(encoder.layers[0], 8)
+    assert {"layers.0.linear1", "layers.0.linear2"} <= {row.name for row in seqkern.swaps(encoder)}
+    seqkern.restore(encoder)
+    assert not any(type(module).__module__.startswith("seqkern") for module in encoder.modules())
+
+
+def test_a_layer_that_is_not_swapped_has_its_linear_layers_swapped():
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    layer.forward = layer.forward
+    model = nn.ModuleDict(
+        {"head": layer.linear2, "layer": layer, "own": nn.TransformerDecoderLayer(8, 2, 16)}
+    )
+    swapped = {row.name for row in seqkern.swaps(seqkern.accelerate(model)) if row.after}
+    assert swapped == {
+        "head",
+        "layer.linear1",
+        "layer.self_attn",
+        "own",
+        "own.self_attn",
+        "own.multihead_attn",
+    }

@@ -54,8 +54,11 @@ def test_a_source_archive_holds_what_is_needed_to_build_and_test(tmp_path):
         held = {name.partition("/")[2] for name in archive.getnames()}
     command = ["git", "ls-files"]
     tracked = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
-    assert {name for name in tracked if not name.startswith(".")} <= held
-    assert "python/seqkern/py.typed" in held
+    wanted = {name for name in tracked if not name.startswith(".")}
+    assert wanted <= held
+    folders = {str(parent) for name in held for parent in Path(name).parents}
+    beyond = {name for name in held - wanted - folders - {""} if "egg-info" not in name}
+    assert beyond <= {"PKG-INFO", "setup.cfg"}
 
 
 def sources() -> list[tuple[str, Path]]:

@@ -89,7 +89,7 @@ def _objection(module: nn.Module, pairs: dict[type[nn.Module], type[nn.Module]])
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted or traced: its code is frozen; accelerate the module it was made from"
     if type(module).__module__.startswith("torch.ao."):
-        return "quantized or made for it: it runs modules of torch.ao"
+        return "quantized, or made for it"
     if isinstance(module, tuple(pairs.values())):
         return ALREADY
     if parametrize.is_parametrized(module):
@@ -125,14 +125,21 @@ def _overrides_forward(cls: type[nn.Module]) -> bool:
 
 
 def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that have a twin, but for linear layers that are run by one that has."""
-    parts: set[int] = set()
-    layers = [pair for pair in _pairs().items() if pair[0].__name__.endswith("coderLayer")]
+    """The modules that have a twin, but for linear layers that one with a twin runs itself."""
+    parts = {id(part) for module in model.modules() for part in _own_linears(module)}
     for name, module in model.named_modules():
-        if any(type(module) is theirs or isinstance(module, ours) for theirs, ours in layers):
-            parts.update(id(module._modules.get(part)) for part in ("linear1", "linear2"))
-        if _is_known(module) and id(module) not in parts:
+        if _is_known(module) and (id(module) not in parts or MARK in vars(module)):
             yield name, module
+
+
+def _own_linears(module: nn.Module) -> list[nn.Module | None]:
+    pairs = _pairs()
+    layers = {theirs: ours for theirs, ours in pairs.items() if theirs.__name__.endswith("coderLayer")}
+    if isinstance(module, tuple(layers.values())) or (
+        type(module) in layers and not _objection(module, pairs)
+    ):
+        return [module._modules.get(name) for name in ("linear1", "linear2")]
+    return []
 
 
 def check_module(model: object, verb: str) -> None:

@@ -46,9 +46,15 @@ def patched() -> bool:
     return any(cls.forward is not forward or cls.__call__ is not own for cls, forward in _FORWARDS.items())
 
 
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """A module's class; of one of ours that does what torch's does, torch's."""
+    cls = type(module)
+    return vars(cls).get("stands_for", cls)
+
+
 def unheard(module: nn.Module, known: type[nn.Module]) -> bool:
     """Whether calling the module is what its class does, and nobody listens: then its work can be done elsewhere."""
-    if torch.compiler.is_compiling() or type(module) is not known or changed(module):
+    if torch.compiler.is_compiling() or kind_of(module) is not known or changed(module):
         return False
     if known.forward is not _FORWARDS[known] or known.__call__ is not nn.Module.__call__:
         return False

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from seqkern.nn._modules import activation_name, changed, patched
+from seqkern.nn._modules import activation_name, changed, kind_of, patched
 from seqkern.nn.attention import MultiheadAttention
 from seqkern.nn.cache import KVCache
 from seqkern.ops import _backend
@@ -135,7 +135,7 @@ def is_plain(layer: nn.Module, features: int) -> bool:
     parts: dict[str, Any] = layer._modules
     for name, part in parts.items():
         known = _PARTS.get(name)
-        if type(part) is not known:
+        if kind_of(part) is not known:
             if name == "activation":
                 continue
             return False

@@ -61,9 +61,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         weights = ("mean" if average_attn_weights else "heads") if need_weights else False
-        if (
-            weights and _backend.special and _backend.forced() == "torch"
-        ):  # whose attention alone gives no weights
+        # torch's module gives weights, which the function that stands for it here does not.
+        if weights and _backend.special and _backend.forced() == "torch":
             _backend.note(_backend.Call("attention", (query, key, value)), _backend.Choice("torch"))
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -129,9 +128,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _copied(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The inputs, copied where the gradient of a weight reads them: torch copies those whose batch stands first,
-        and callers may write to theirs, as by ``x += attention(x, x, x)[0]``."""
+        unless it or the length is 1, and callers may write to theirs, as by ``x += attention(x, x, x)[0]``."""
         weights = self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-        if torch.compiler.is_compiling() or not _backend.needs_grad(weights):
+        if torch.compiler.is_compiling() or 1 in inputs[0].shape[:2] or not _backend.needs_grad(weights):
             return inputs
         copies: dict[int, Tensor] = {}
         return tuple(

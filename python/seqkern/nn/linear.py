@@ -1,5 +1,7 @@
 """Linear."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,18 +13,25 @@ from seqkern.ops._linear_backends import torch_has_it
 from seqkern.ops.linear import direct_linear
 
 
+def _is_recorded() -> bool:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    return torch._C._len_torch_function_stack() > 0  # type: ignore[attr-defined]
+
+
 def _short(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The layer without a gradient at once; None where `functional.linear` must find out whether it may be."""
     if torch.is_grad_enabled() or _backend.is_looked_on() or torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
         return None
     if bias is not None and type(bias) not in _backend.PLAIN:
         return None
-    try:
+    for t in (input, weight) if bias is None else (input, weight, bias):
+        if not t.is_cpu or t.layout is not torch.strided:
+            return None
+    # Of sizes that do not fit torch's function has words of its own.
+    with contextlib.suppress(RuntimeError):
         return direct_linear(input, weight, bias)
-    except (
-        RuntimeError
-    ):  # sizes, devices or layouts that do not fit: torch's function finds its words for them
-        return None
+    return None
 
 
 class Linear(nn.Linear):
@@ -44,6 +53,8 @@ class Linear(nn.Linear):
     torch.Size([2, 5, 4])
     """
 
+    stands_for = nn.Linear  #: a layer that runs its parts itself may run this class's so, and no subclass's
+
     @leaf_of_fx
     def forward(self, input: Tensor) -> Tensor:
         found = self._parameters
@@ -53,7 +64,7 @@ class Linear(nn.Linear):
             weight, bias = self.weight, self.bias
         if _backend.special:
             show(input, weight, bias)
-        elif torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        elif _is_recorded():
             return F.linear(input, weight, bias)  # type: ignore[arg-type]
         elif type(input) is Tensor and type(weight) in _backend.PLAIN:
             if torch_has_it(input, weight):  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ def present() -> tuple[str, ...]:
 class Call(NamedTuple):
     """What a backend is asked to serve."""
 
-    op: str  # "lstm", "gru", "rnn_tanh", "rnn_relu", the same with "_cell", "attention"
+    op: str  # "lstm", "gru", "rnn_tanh", "rnn_relu", the same with "_cell", "attention", "linear"
     tensors: tuple[Tensor | None, ...]  # the input first, then states and weights; `Tensors` of attention
     wanted: _attention_backends.Wanted | None = None  # of attention
 
@@ -461,12 +461,10 @@ def pick(call: Call, name: str | None = None) -> Choice:
     else:
         named = forced()
     if named is not None:
-        by_name = INTERPRETED and named == "triton" != forced()  # the op, and its backward, could not tell
-        if (
-            reason := "Triton's interpreter runs within seqkern.backend('triton')"
-            if by_name
-            else declines(named, call)
-        ):
+        reason = declines(named, call)
+        if INTERPRETED and named == "triton" != forced():  # the op, and its backward, could not tell
+            reason = "Triton's interpreter runs within seqkern.backend('triton')"
+        if reason:
             raise RuntimeError(
                 f"backend {named!r} was forced for {call.op} but cannot serve it: {reason}; "
                 f"leave the choice open or force another of {', '.join(b for b in present() if b != named)}"

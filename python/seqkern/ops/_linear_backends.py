@@ -9,7 +9,7 @@ from seqkern.ops import _library
 FEW_ROWS = 16  # for which weights are read as they lie
 FEW_ROWS_OF_16_BITS = 4
 WEIGHTS_WORTH_IT = 250_000  # of such a layer
-# Of float32 and float64 where torch's MKL was made for the processor: fewer rows are gemv's, fewer weights cached.
+# Of float32 and float64 where MKL_IS_AT_HOME: fewer rows are gemv's, fewer weights cached.
 ROWS_WORTH_IT, WEIGHTS_WORTH_IT_BESIDE_MKL = 4, 500_000
 WEIGHTS_TERM_BY_TERM = 4_000  # where torch multiplies TERM_BY_TERM, or CONVERTED
 FLOP_WORTH_PACKING = 10e6  # of a layer of more rows
@@ -32,6 +32,8 @@ DENSE = (
     and _native.cpu_vendor() == "amd"
     and torch.backends.mkl.is_available()
 )
+# And where it was made for this one.
+MKL_IS_AT_HOME = _native is not None and _native.cpu_vendor() == "intel" and torch.backends.mkl.is_available()
 WIDE = _library.is_wide()
 
 
@@ -76,7 +78,7 @@ def _weights_worth_it(rows: int, dtype: torch.dtype) -> int | None:
     """How many weights a layer of few rows must have, without a gradient; None where no number makes it worth it."""
     if _lacks_dots(dtype):
         return WEIGHTS_WORTH_IT if rows == 1 and dtype is torch.bfloat16 else WEIGHTS_TERM_BY_TERM
-    if DENSE or dtype.itemsize == 2 or rows == FEW_ROWS:
+    if not MKL_IS_AT_HOME or dtype.itemsize == 2 or rows == FEW_ROWS:
         return WEIGHTS_WORTH_IT
     return WEIGHTS_WORTH_IT_BESIDE_MKL if rows >= ROWS_WORTH_IT else None
 
@@ -102,6 +104,8 @@ def torch_outruns(rows: int, weight: torch.Tensor, grad: bool) -> str | None:
 
 def torch_has_it(input: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether torch's kernel is the faster one for the layer: what a module asks first, as most calls end here."""
+    if not input.is_cpu:
+        return True
     if weight.dtype in _MULTIPLIED_WELL and (weight.numel() < WEIGHTS_WORTH_IT or torch.is_grad_enabled()):
         return True
     grad = torch.is_grad_enabled() and (weight.requires_grad or input.requires_grad)

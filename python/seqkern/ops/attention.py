@@ -175,7 +175,7 @@ def _forward_fake(*arguments):
 def _sdpa_fake(query, key, value, attn_mask, is_causal, scale, enable_gqa):
     shape = (*query.shape[:-1], value.shape[-1])
     as_it_lies = query.stride(-1) == 1 or query.shape[-1] <= 1  # else a contiguous copy is read
-    if len(shape) == 4 and min(shape[1:3]) > 1 and as_it_lies and query.stride(1) < query.stride(2):
+    if len(shape) == 4 and shape[1] > 1 and shape[2] > 1 and as_it_lies and query.stride(1) < query.stride(2):
         return empty_heads(query, shape)
     return query.new_empty(shape)
 
