@@ -244,3 +244,20 @@ def test_a_layers_outputs_may_be_saved_in_a_checkpoint():
     (got,) = torch.autograd.grad(found.square().sum(), x)
     (want,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_frozen_layers_keep_no_input(kind, batch_first):
+    if kind is nn.LSTM and not batch_first:
+        pytest.skip("torch's keeps it")
+    layer = kind(E, E, batch_first=batch_first).requires_grad_(False)
+    start = torch.randn(B, L, E).requires_grad_()
+    found = []
+    for accelerated in (False, True):
+        with seqkern.backend("cpu" if accelerated and _backend.CPU_READY else None):
+            x = start * 1
+            output, _ = (seqkern.accelerate(layer) if accelerated else layer)(x)
+            x.mul_(2)
+            found.append(torch.autograd.grad(output.square().sum() + x.sum(), start)[0])
+    torch.testing.assert_close(found[1], found[0])

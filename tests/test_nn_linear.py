@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import seqkern
 from seqkern.nn import linear as linear_module
@@ -335,3 +336,38 @@ def test_a_layer_that_is_not_swapped_has_its_linear_layers_swapped():
         "own.self_attn",
         "own.multihead_attn",
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_input_that_torch_copies_may_be_written_to(dtype):
+    theirs, ours = pair(40, 40, dtype)
+    start = torch.randn(20, 4, 40).to(dtype).requires_grad_()
+    found = []
+    for layer in (theirs, ours):
+        x = (start * 1).transpose(0, 1)
+        x += layer(x)
+        found.append(torch.autograd.grad(x.square().sum(), [start, *layer.parameters()]))
+    for got, want in zip(found[1], found[0]):
+        same(got, want)
+
+
+def test_modes_see_the_operators_of_torchs_layer():
+    _, ours = pair(LARGE, LARGE, torch.bfloat16)
+    x = torch.randn(ROWS, LARGE, dtype=torch.bfloat16)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
+            ours(x)
+        assert counter.get_total_flops() == 2 * ROWS * LARGE**2
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao's, of its end
+def test_what_was_prepared_for_quantization_is_left_alone():
+    model = nn.Sequential(
+        torch.ao.quantization.QuantStub(), nn.Linear(8, 8), torch.ao.quantization.DeQuantStub()
+    )
+    model.eval().qconfig = torch.ao.quantization.default_qconfig
+    x = torch.randn(4, 8)
+    torch.ao.quantization.prepare(model, inplace=True)(x)
+    (row,) = (row for row in seqkern.swaps(seqkern.accelerate(model)) if row.name == "1")
+    assert row.after is None and "torch.ao" in row.reason
+    assert torch.ao.quantization.convert(model)(x).shape == (4, 8)

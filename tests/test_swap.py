@@ -236,3 +236,17 @@ def test_a_class_that_cannot_be_made_anew_is_said_before_anything_is_undone(make
         seqkern.restore(model)
     assert type(model[0]) is seqkern.nn.GRU
     model[1](torch.randn(3, 2, 4))
+
+
+@pytest.mark.parametrize("kind", [lambda: nn.LSTM(3, 4), lambda: nn.Linear(3, 4)])
+def test_a_forward_that_was_replaced_since_is_not_left_behind(kind):
+    """As by accelerate's hooks: it would call ours on a module of torch's."""
+    model = nn.Sequential(nn.GRU(3, 3), kind())
+    seqkern.accelerate(model)
+    before = model[1].forward
+    model[1].forward = lambda *args: before(*args)
+    with pytest.raises(TypeError, match=r"forward of a seqkern\.nn\.\w+ was replaced"):
+        seqkern.restore(model)
+    assert type(model[0]) is seqkern.nn.GRU  # nothing was undone
+    del model[1].forward
+    assert type(seqkern.restore(model)[0]) is nn.GRU

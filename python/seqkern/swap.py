@@ -88,8 +88,8 @@ def _objection(module: nn.Module, pairs: dict[type[nn.Module], type[nn.Module]])
     """Why a module cannot be swapped; empty if it can."""
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted or traced: its code is frozen; accelerate the module it was made from"
-    if type(module).__module__.startswith("torch.ao."):
-        return "quantized, or made for it"
+    if type(module).__module__.startswith("torch.ao.") or getattr(module, "qconfig", None) is not None:
+        return "quantized, or prepared for it by torch.ao"
     if isinstance(module, tuple(pairs.values())):
         return ALREADY
     if parametrize.is_parametrized(module):
@@ -214,8 +214,8 @@ def restore(model: M) -> M:
     """Undoes `accelerate`, in place: what it swapped is torch's again, in a deep copy or an unpickled model
     too.
 
-    Modules that were written with ``seqkern.nn`` stay. Returns the same object; raises TypeError where
-    ``model`` is not a module, or where one has been given a class since that cannot be made anew.
+    Modules that were written with ``seqkern.nn`` stay. Returns the same object; raises TypeError where ``model`` is not
+    a module, or where one has been given a forward of its own since, or a class that cannot be made anew.
 
     >>> import torch, seqkern
     >>> model = seqkern.accelerate(torch.nn.LSTM(4, 8))
@@ -225,6 +225,12 @@ def restore(model: M) -> M:
     check_module(model, "restore")
     back = {ours: theirs for theirs, ours in _pairs().items()}
     found = [module for _, module in _known(model) if _is_swapped(module, back)]
+    for module in found:
+        if "forward" in vars(module):
+            raise TypeError(
+                "restore cannot undo what was done to a module after accelerate: the forward of a "
+                f"{_title(type(module))} was replaced on the instance, by what may call seqkern's; undo that first"
+            )
     _assign([(module, _undone(module, back), False) for module in found])
     return model
 

@@ -47,6 +47,8 @@ def linear(
         if activation is None:
             return output
         return (_IN_PLACE if _is_nobodys(output, input, weight, bias) else _FUNCTIONS)[activation](output)
+    if not input.is_contiguous() and _backend.needs_grad((input, weight, bias)):
+        input = input.contiguous()  # torch saves such a copy too, so that callers may write to theirs
     exact = activation == "gelu" and (
         weight.dtype is torch.float64 or _backend.needs_grad((input, weight, bias))
     )

@@ -14,9 +14,10 @@ from seqkern.ops.linear import direct_linear
 
 
 def _is_recorded() -> bool:
+    """Whether a compiler, a trace or a mode looks for the functions and operators that torch's layer calls."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
-    return torch._C._len_torch_function_stack() > 0  # type: ignore[attr-defined]
+    return torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
 
 
 def _short(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -104,7 +104,7 @@ def torch_outruns(rows: int, weight: torch.Tensor, grad: bool) -> str | None:
 
 def torch_has_it(input: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether torch's kernel is the faster one for the layer: what a module asks first, as most calls end here."""
-    if not input.is_cpu:
+    if not input.is_cpu or weight.dim() != 2:
         return True
     if weight.dtype in _MULTIPLIED_WELL and (weight.numel() < WEIGHTS_WORTH_IT or torch.is_grad_enabled()):
         return True
