@@ -40,7 +40,7 @@ HEADINGS = {
     LENGTHS: "the length of the sequence",
     DECODER: "a decoder with a memory: B,L,S",
     GENERATION: "greedy decoding",
-    LINEAR: "models of torch.nn.Linear and scaled_dot_product_attention: B,L",
+    LINEAR: "models of torch.nn.Linear: B,L",
     ON_CHIP: "recurrent weights that one multiprocessor holds",
     STEPS: "weights that fit no multiprocessor",
     PACKED: "packed sequences, lengths even from 1 to T",
