@@ -169,12 +169,6 @@ def test_numbers_that_are_not_floating():
         seqkern.functional.gru(x(T, B).long(), None, weights)
 
 
-def test_one_bias_without_the_other():
-    w_ih, w_hh, b_ih, _ = torch.nn.GRUCell(I, H).parameters()
-    with pytest.raises(RuntimeError, match="two biases or none"):
-        seqkern.functional.gru_cell(x(B), None, w_ih, w_hh, b_ih)
-
-
 def test_weights_of_the_wrong_number_or_shape():
     weights = list(torch.nn.LSTM(I, H, num_layers=2).parameters())
     lstm = seqkern.functional.lstm

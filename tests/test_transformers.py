@@ -463,8 +463,11 @@ def test_what_is_not_served_is_refused(name):
 def test_explained():
     _, ours = pair(FAMILIES["llama"])
     with seqkern.backend("reference"):
-        (row,) = seqkern.explain(ours, ids(2, LENGTH)).rows
+        row, *others = seqkern.explain(ours, ids(2, LENGTH)).rows
     assert (row.kind, row.backend, row.calls) == ("attention", "reference", 2)
+    assert all(
+        each.kind == "torch.nn.Linear" and "not accelerated yet" in each.declined[0][1] for each in others
+    )
 
 
 FULL = masking_utils.bidirectional_mask_function

@@ -163,7 +163,7 @@ def known_constant(function: Callable[..., R]) -> Callable[..., R]:
         return kept(*arguments)
 
     call.__name__, call.__doc__ = function.__name__, function.__doc__
-    call._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    call.cache_clear, call._dynamo_marked_constant = kept.cache_clear, True  # type: ignore[attr-defined]
     return call
 
 

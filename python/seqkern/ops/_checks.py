@@ -63,9 +63,9 @@ def check_cell(
 ) -> None:
     name = f"{_NAMES[cell]}Cell"
     check_tensors(name, input, hx, [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None])
-    if w_ih.dim() != 2 or w_hh.dim() != 2 or (b_ih is None) != (b_hh is None):
+    if w_ih.dim() != 2 or w_hh.dim() != 2:
         raise RuntimeError(
-            f"{name}: the weights are {_shapes(w_ih, w_hh, b_ih, b_hh)}, expected two matrices, and two biases or none"
+            f"{name}: the weights are {_shapes(w_ih, w_hh, b_ih, b_hh)}, expected two matrices before the biases"
         )
     shape, (rows, hidden) = input.shape, w_hh.shape
     state = (shape[0], hidden) if len(shape) == 2 else (hidden,)
