@@ -54,6 +54,8 @@ def test_demo_shows_both_runs_and_draws(tmp_path):
     assert done.exit_code == 0, done.output
     assert re.search(r"3 steps of training", done.output)
     assert "held-out loss, seqkern" in done.output  # in one piece: the table fits 80 columns
+    ran = "cpu" if _library.native() else "torch"
+    assert re.search(rf"backend +│ +{ran} │", done.output)
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 
 

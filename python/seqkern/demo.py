@@ -45,7 +45,8 @@ class Result:
 
     @property
     def backend(self) -> str:
-        return ", ".join(sorted({row.backend for row in self.backends.rows}))
+        """Of the recurrent layer."""
+        return ", ".join(sorted({row.backend for row in self.backends.rows if row.name == "recurrent"}))
 
 
 def smooth(values: list[float]) -> list[float]:
