@@ -75,28 +75,29 @@ def test_more_threads_than_cores(kind):
         torch.set_num_threads(threads)
 
 
-def child(pipe):
-    pipe.send(work(1).numpy())
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_forked_child_after_threads():
-    want = work(1)
+def in_a_child(target):
+    """What a forked child sends."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    process = context.Process(target=child, args=(theirs,), daemon=True)
+    process = context.Process(target=lambda: theirs.send(target()), daemon=True)
     process.start()
     try:
         assert ours.poll(LIMIT), "the child hangs"
-        assert torch.equal(torch.from_numpy(ours.recv()), want)
+        return ours.recv()
     finally:
         process.kill()
         process.join()
 
 
-def count(pipe):
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forked_child_after_threads():
+    want = work(1)
+    assert torch.equal(torch.from_numpy(in_a_child(lambda: work(1).numpy())), want)
+
+
+def threads_and_work():
     x = torch.randn(300, 300)
-    pipe.send((_library.native().num_threads(), (x @ x).isfinite().all().item(), work(1).numpy()))
+    return _library.native().num_threads(), (x @ x).isfinite().all().item(), work(1).numpy()
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -107,16 +108,7 @@ def test_a_forked_child_has_threads():
     try:
         for _ in range(2):  # the second time with a pool made anew
             want, _ = work(1), torch.randn(300, 300) @ torch.randn(300, 300)
-            context = multiprocessing.get_context("fork")
-            ours, theirs = context.Pipe()
-            process = context.Process(target=count, args=(theirs,), daemon=True)
-            process.start()
-            try:
-                assert ours.poll(LIMIT), "the child hangs"
-                found, finite, got = ours.recv()
-            finally:
-                process.kill()
-                process.join()
+            found, finite, got = in_a_child(threads_and_work)
             assert found == 3 and finite and torch.equal(torch.from_numpy(got), want)
             assert torch.equal(work(1), want)
     finally:

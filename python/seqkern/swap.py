@@ -126,20 +126,19 @@ def _overrides_forward(cls: type[nn.Module]) -> bool:
 
 def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that have a twin, but for linear layers that one with a twin runs itself."""
-    parts = {id(part) for module in model.modules() for part in _own_linears(module)}
+    pairs = _pairs()
+    layers = {theirs: ours for theirs, ours in pairs.items() if theirs.__name__.endswith("coderLayer")}
+
+    def runs_its_own(module: nn.Module) -> bool:
+        if isinstance(module, tuple(layers.values())):
+            return True
+        return type(module) in layers and not _objection(module, pairs)
+
+    own = ("linear1", "linear2")
+    parts = {id(m._modules.get(part)) for m in model.modules() if runs_its_own(m) for part in own}
     for name, module in model.named_modules():
         if _is_known(module) and (id(module) not in parts or MARK in vars(module)):
             yield name, module
-
-
-def _own_linears(module: nn.Module) -> list[nn.Module | None]:
-    pairs = _pairs()
-    layers = {theirs: ours for theirs, ours in pairs.items() if theirs.__name__.endswith("coderLayer")}
-    if isinstance(module, tuple(layers.values())) or (
-        type(module) in layers and not _objection(module, pairs)
-    ):
-        return [module._modules.get(name) for name in ("linear1", "linear2")]
-    return []
 
 
 def check_module(model: object, verb: str) -> None:

@@ -209,9 +209,8 @@ def wanted_peers(options: Options, here: Place, console: Console) -> list[Peer]:
     return found
 
 
-def run(options: Options, output: Path, console: Console) -> tuple[Path, list[str]]:
+def run(options: Options, here: Place, output: Path, console: Console) -> tuple[Path, list[str]]:
     """Times every row wanted and appends the results. Returns their file and the rows that failed."""
-    here = place.found(options.device or SUITES[options.suite].device)
     about = {
         "machine": here.machine(),
         "versions": here.versions(),
@@ -319,7 +318,7 @@ def main(options: Options, output: Path | None = None, console: Console | None =
     Raises ValueError for options that make no sense and for a folder that cannot be written, before anything runs.
     """
     options.check()
-    place.found(options.device or SUITES[options.suite].device)
+    here = place.found(options.device or SUITES[options.suite].device)
     output = report.writable(output or record.default_folder())
     console = console or Console()
     if not console.is_terminal:
@@ -329,7 +328,7 @@ def main(options: Options, output: Path | None = None, console: Console | None =
         torch.set_num_threads(options.threads)
     try:
         with testing.without_torchs_warnings(), ended_in_order():
-            path, failed = run(options, output, console)
+            path, failed = run(options, here, output, console)
     except DeviceLost as e:
         console.print(Text(f"{options.suite} stopped: {e}", "bold red"))
         return LOST

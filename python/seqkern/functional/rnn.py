@@ -39,22 +39,6 @@ def _name(backend: str | None, op: str, tensors: Weights, packed: bool = False) 
     return _backend.choose(_backend.Call(op, tensors), backend).name
 
 
-def _nobody_looks_on(given: Sequence[Tensor], perhaps: Weights) -> bool:
-    """Whether the compiled kernels may run on a CPU without a gradient, past the checks and the choice: on tensors
-    that are given, and some that may be None."""
-    if _backend.special or _backend.is_looked_on():
-        return False
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*given, *perhaps):  # type: ignore[attr-defined]
-        return False
-    for x in given:
-        if type(x) not in _backend.PLAIN or not x.is_cpu:
-            return False
-    for x in perhaps:
-        if x is not None and (type(x) not in _backend.PLAIN or not x.is_cpu):
-            return False
-    return not torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
-
-
 def _short_step(
     cell: str,
     input: Tensor,
@@ -66,7 +50,7 @@ def _short_step(
     b_hh: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """A step that the compiled kernels serve at once. (None, None): the long way finds out who serves it."""
-    if not _step or not _nobody_looks_on((input, hx, w_ih, w_hh), (cx, b_ih, b_hh)):
+    if not _step or not _backend.nobody_looks_on((input, hx, w_ih, w_hh), (cx, b_ih, b_hh)):
         return None, None
     try:
         return _step(input, hx, cx, w_ih, w_hh, b_ih, b_hh, cell)
@@ -89,7 +73,7 @@ def _short_layers(
     plain = (
         type(weights) is list and type(num_layers) is int and type(bidirectional) is type(batch_first) is bool
     )
-    if not _stack or not plain or not _nobody_looks_on((input, *weights), (hx, cx)):
+    if not _stack or not plain or not _backend.nobody_looks_on((input, *weights), (hx, cx)):
         return none
     if input.dtype is torch.bfloat16 and _linear_backends.BF16_TILES:
         return none  # whose kernel is the faster one goes by the sizes

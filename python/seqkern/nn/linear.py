@@ -22,14 +22,9 @@ def _is_recorded() -> bool:
 
 def _short(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The layer without a gradient at once; None where `functional.linear` must find out whether it may be."""
-    if torch.is_grad_enabled() or _backend.is_looked_on() or torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
+    if not _backend.nobody_looks_on((input, weight), (bias,)):
         return None
-    if bias is not None and type(bias) not in _backend.PLAIN:
-        return None
-    for t in (input, weight) if bias is None else (input, weight, bias):
-        if not t.is_cpu or t.layout is not torch.strided:
-            return None
-    # Of sizes that do not fit torch's function has words of its own.
+    # For sizes and layouts that do not fit torch's function has words of its own.
     with contextlib.suppress(RuntimeError):
         return direct_linear(input, weight, bias)
     return None
@@ -58,9 +53,9 @@ class Linear(nn.Linear):
 
     @leaf_of_fx
     def forward(self, input: Tensor) -> Tensor:
-        found = self._parameters
+        own = self._parameters
         try:  # past Module.__getattr__, which would cost as much as a small layer
-            weight, bias = found["weight"], found["bias"]
+            weight, bias = own["weight"], own["bias"]
         except KeyError:  # computed (parametrized, pruned, normalised): an attribute
             weight, bias = self.weight, self.bias
         if _backend.special:

@@ -195,6 +195,22 @@ def is_looked_on() -> bool:
     return in_transform() or torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
 
 
+def nobody_looks_on(given: Sequence[Tensor], perhaps: Sequence[Tensor | None]) -> bool:
+    """Whether the compiled kernels may run on a CPU without a gradient, past the checks and the choice: on tensors
+    that are given, and some that may be None."""
+    if special or is_looked_on():
+        return False
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*given, *perhaps):  # type: ignore[attr-defined]
+        return False
+    for x in given:
+        if type(x) not in PLAIN or not x.is_cpu:
+            return False
+    for x in perhaps:
+        if x is not None and (type(x) not in PLAIN or not x.is_cpu):
+            return False
+    return not torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
+
+
 def lacks_features(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether input or state has no features, which torch's cells take and a kernel here does not."""
     input, hx = tensors[:2]
