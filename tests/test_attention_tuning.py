@@ -11,6 +11,7 @@ import torch
 from seqkern.kernels import launch, tuning_cache
 from seqkern.kernels import tuning_attention as tuning
 from seqkern.kernels.launch import precision
+from seqkern.kernels.tuning import limits
 from seqkern.kernels.tuning_attention import Config, Shape
 from seqkern.testing_attention import make_case
 
@@ -26,6 +27,16 @@ def test_every_call_has_blocks(config):
         for n in found[:3]:
             assert n >= 4 and n & (n - 1) == 0, (arch, width, size, extras)
         assert found.block_m >= 16 and found.block_n >= 16  # the least of a tensor product
+
+
+def test_blocks_of_weights_fit_beside_each_other():
+    """Queries and keys, both whole: 128 of 99 KiB in blocks of 64 for float32 heads of 256 on the smaller GPUs."""
+    for arch, width, size in itertools.product(ARCHS, (2, 4), (64, 128, 256)):
+        rows = 2 * tuning.weights_block(Shape(arch, width, size, 0))
+        assert rows * size * width <= limits(arch).shared, (arch, width, size)
+    assert (
+        tuning.weights_block(Shape(89, 4, 256, 0)) == 32 and tuning.weights_block(Shape(90, 4, 256, 0)) == 64
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64])
