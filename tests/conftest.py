@@ -1,4 +1,4 @@
-"""Every way of running the recurrent functions on this machine, as one fixture."""
+"""What tests share: which of them can run here, the ways of running the recurrent functions, a fresh compiler."""
 
 import importlib.util
 import sys
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import seqkern
-from seqkern.ops import _backend, _library
+from seqkern.functional import _cells, _rnn
+from seqkern.ops import _hardware, _library
 
 # `python -m pytest` puts the root on the path, where transformers would take the folder of Triton kernels for the
 # published package of that name.
@@ -59,7 +60,7 @@ def pytest_collection_modifyitems(config, items):
     absent = set()
     if NATIVE is None:
         absent |= {"native", "built"}
-    if not _backend.INTERPRETED:
+    if not _hardware.INTERPRETED:
         absent.add("interpreter")
     if not torch.cuda.is_available():
         absent.add("gpu")
@@ -76,16 +77,23 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def served(monkeypatch):
     """How often an op of the recurrent short ways had a result in a call: ``served("_step", call)``."""
-    room = seqkern.functional.lstm.__globals__
+    rooms = {"_step": _cells, "_stack": _rnn}
 
     def count(name, run) -> int:
-        op, seen = room[name], []
-        monkeypatch.setitem(room, name, lambda *args: seen.append(op(*args)) or seen[-1])
-        run()
-        monkeypatch.undo()
+        op, seen = getattr(rooms[name], name), []
+        with monkeypatch.context() as patched:
+            patched.setattr(rooms[name], name, lambda *args: seen.append(op(*args)) or seen[-1])
+            run()
         return sum(output is not None for output, *_ in seen)
 
     return count
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -491,13 +491,6 @@ def test_vmap_of_torchs_door():
     torch.testing.assert_close(vmap(scaled_dot_product_attention)(q, k, v), want)
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("options", ["plain", "everything", "causal", "mask, keys"])
 @pytest.mark.parametrize("lengths", [(), PACKED], ids=["dense", "packed"])

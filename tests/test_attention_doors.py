@@ -175,8 +175,8 @@ def test_numbers_of_another_library():
     torch.testing.assert_close(found, scaled_dot_product_attention(q, k, v, scale=0.25))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_causal_by_a_size_that_changes():
-    torch._dynamo.reset()
     call = torch.compile(
         lambda q: attention(q, q, q, causal=q.shape[2] > 4), fullgraph=True, dynamic=True, backend="eager"
     )

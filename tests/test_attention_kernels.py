@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from seqkern import tune
 from seqkern.kernels import attention, attention_backward, decode, launch, tuning_cache
 from seqkern.kernels.tuning_attention import is_decode, key
-from seqkern.ops import _backend
+from seqkern.ops import _hardware
 from seqkern.ops.attention import NEEDS, empty_gradients, empty_outputs, run_triton, run_triton_backward
 from seqkern.spec import attention as spec
 from seqkern.spec.attention import Tensors
@@ -32,7 +32,7 @@ pytestmark = [
     ),  # Triton's
 ]
 
-DEVICE = "cpu" if _backend.INTERPRETED else "cuda"
+DEVICE = "cpu" if _hardware.INTERPRETED else "cuda"
 HALVES = (torch.float16,) if DEVICE == "cpu" else (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALVES)
 PACKED = ((2, 3), (0, 2), (3, 0), (36, 33))

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import seqkern
 from seqkern.dispatcher import choice as stand_ins
 from seqkern.kernels import rnn
-from seqkern.ops import _attention_backends, _backend, _library, _linear_backends
+from seqkern.ops import _attention_backends, _backend, _hardware, _library, _linear_backends, _surroundings
 from seqkern.spec.attention import Options, Tensors
 
 NATIVE = _library.native()
@@ -140,8 +140,8 @@ def test_force_is_of_one_thread():
     ],
 )
 def test_triton_declines_with_a_reason(device, missing, says, monkeypatch):
-    monkeypatch.setattr(_backend, "INTERPRETED", False)
-    monkeypatch.setattr(_backend, "TRITON_MISSING", missing)
+    monkeypatch.setattr(_hardware, "INTERPRETED", False)
+    monkeypatch.setattr(_hardware, "TRITON_MISSING", missing)
     cell = seqkern.nn.GRUCell(3, 4, device=device)
     with seqkern.backend("triton"), pytest.raises(RuntimeError, match=f"cannot serve it: .*{says}"):
         cell(torch.zeros(2, 3, device=device))
@@ -149,9 +149,9 @@ def test_triton_declines_with_a_reason(device, missing, says, monkeypatch):
 
 def test_triton_is_left_aside_until_a_gpu_has_shown_it_faster(monkeypatch):
     """The order of a GPU's backends, for a tensor that says it is on one."""
-    monkeypatch.setattr(_backend, "TRITON_MISSING", "")
+    monkeypatch.setattr(_hardware, "TRITON_MISSING", "")
     monkeypatch.setitem(_backend.ORDER, "cpu", _backend.ORDER["cuda"])
-    monkeypatch.setattr(_backend, "INTERPRETED", True)
+    monkeypatch.setattr(_hardware, "INTERPRETED", True)
     call = _backend.Call("gru", (torch.zeros(2, 1, 3), torch.zeros(1, 1, 4)))
     choice = _backend.choose(call)
     assert choice.name == "torch"
@@ -344,7 +344,7 @@ def test_package_is_light_and_works_without_its_binary():
 def test_a_known_constant_is_none_of_a_graphs_business():
     """Nor need it have been asked before: Dynamo does not trace into it."""
 
-    @_backend.known_constant
+    @_surroundings.known_constant
     def length(cls):
         return len(inspect.getsource(cls))
 

@@ -21,7 +21,6 @@ from seqkern.ops import _backend, _torchs_own
 from seqkern.testing import without_torchs_warnings
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
     pytest.mark.filterwarnings("ignore:Support for mismatched"),
     pytest.mark.filterwarnings("ignore:Converting mask without torch.bool"),
@@ -453,7 +452,7 @@ def test_several_threads():
 
 
 @pytest.mark.built
-@pytest.mark.usefixtures("everything_is_worth_it")
+@pytest.mark.usefixtures("everything_is_worth_it", "fresh_compiler")
 def test_a_graph_keeps_what_it_was_compiled_with():
     from torch._dynamo.backends.common import aot_autograd
 
@@ -463,7 +462,6 @@ def test_a_graph_keeps_what_it_was_compiled_with():
         operators.extend(str(n.target) for n in graph.graph.nodes)
         return graph
 
-    torch._dynamo.reset()
     cell, x = nn.GRUCell(4, 6), torch.randn(3, 4)
     compiled = torch.compile(cell, backend=aot_autograd(fw_compiler=note), fullgraph=True)
     with torch.no_grad():
@@ -475,9 +473,8 @@ def test_a_graph_keeps_what_it_was_compiled_with():
 
 
 @pytest.mark.built
-@pytest.mark.usefixtures("everything_is_worth_it")
+@pytest.mark.usefixtures("everything_is_worth_it", "fresh_compiler")
 def test_a_compiler_does_not_follow_us_behind_a_graph_it_broke():
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with seqkern.enable(), torch.no_grad():
         for size in (4, 5):
@@ -488,6 +485,7 @@ def test_a_compiler_does_not_follow_us_behind_a_graph_it_broke():
     assert frames["total"] == 1, frames  # the model's; ours would be two more
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_attention_and_what_it_hands_on():
     """Traced where functional's own hand-over to torch would come by again."""
     q = torch.randn(1, 2, 6, 4)

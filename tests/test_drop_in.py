@@ -9,7 +9,7 @@ from torch.utils import checkpoint
 
 import seqkern
 from seqkern import functional
-from seqkern.ops import _backend
+from seqkern.ops import _hardware
 
 E, H, FF, B, L, S = 8, 2, 16, 2, 5, 3
 
@@ -228,7 +228,7 @@ def test_a_cell_with_one_bias(kind, missing):
                 with seqkern.enable():
                     torch.testing.assert_close(cell(x, hx), want)
                 torch.testing.assert_close(seqkern.accelerate(cell)(x, hx), want)
-                with seqkern.backend("cpu" if _backend.CPU_READY else "reference"):
+                with seqkern.backend("cpu" if _hardware.CPU_READY else "reference"):
                     torch.testing.assert_close(cell(x, hx), want)
 
 
@@ -255,7 +255,7 @@ def test_frozen_layers_keep_no_input(kind, batch_first):
     start = torch.randn(B, L, E).requires_grad_()
     found = []
     for accelerated in (False, True):
-        with seqkern.backend("cpu" if accelerated and _backend.CPU_READY else None):
+        with seqkern.backend("cpu" if accelerated and _hardware.CPU_READY else None):
             x = start * 1
             output, _ = (seqkern.accelerate(layer) if accelerated else layer)(x)
             x.mul_(2)

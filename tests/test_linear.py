@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import seqkern
 from seqkern.functional import linear
-from seqkern.ops import _backend, _linear_backends
+from seqkern.ops import _backend, _hardware, _linear_backends
 from seqkern.testing import DTYPES, on_threads, poison, relative_rms, tolerance, worst
 
 ROWS = (1, 2, 3, 4, 5, 8, 17, 61)
@@ -159,7 +159,7 @@ def test_gradients_that_sums_expand(run_on, over, dtype):
 def test_relu_hands_on_the_gradient_of_a_nan():
     x = torch.tensor([[torch.nan], [-1.0], [0.0], [2.0]])
     bias = torch.zeros(1, requires_grad=True)
-    with seqkern.backend("cpu" if _backend.CPU_READY else None):
+    with seqkern.backend("cpu" if _hardware.CPU_READY else None):
         got = torch.autograd.grad(linear(x, torch.ones(1, 1), bias, "relu").sum(), bias)
     want = torch.autograd.grad(F.relu(F.linear(x, torch.ones(1, 1), bias)).sum(), bias)
     assert torch.equal(got[0], want[0])

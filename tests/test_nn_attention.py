@@ -402,13 +402,6 @@ def test_second_derivatives(weights, backend):
         assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("build", ["plain", "batch first", "bias kv and zero"])

@@ -359,7 +359,6 @@ def test_sparse_weights_are_torchs(kind, stands_in):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("form", ["packed", "projected", "empty", "without oneDNN"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_where_torchs_lstm_needs_no_kernel(form, dtype, monkeypatch):

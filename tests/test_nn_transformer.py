@@ -360,13 +360,6 @@ def test_parametrized_after_the_swap(name):
     assert seqkern.swaps(seqkern.accelerate(model))[0].after
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("kind", "norm_first"), [("encoder", True), ("decoder", False)])
 def test_compile_without_a_graph_break(kind, norm_first):

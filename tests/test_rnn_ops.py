@@ -18,10 +18,7 @@ from seqkern.testing import (
     torch_errors,
 )
 
-pytestmark = [
-    pytest.mark.native,
-    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),  # torch's
-]
+pytestmark = pytest.mark.native
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 FORMS = [("dense", False), ("dense", True), ("packed", False), ("packed", True), ("step", False)]

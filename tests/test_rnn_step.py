@@ -19,11 +19,7 @@ from seqkern.testing import (
     torch_errors,
 )
 
-pytestmark = [
-    pytest.mark.native,
-    pytest.mark.built,
-    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),  # torch's
-]
+pytestmark = [pytest.mark.native, pytest.mark.built]
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 MODULES = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn_tanh": nn.RNNCell}
 op = torch.ops.seqkern.rnn_step

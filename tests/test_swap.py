@@ -73,7 +73,6 @@ def input_of(layer):
     return torch.randn(2, 3) if isinstance(layer, nn.RNNCellBase) else torch.randn(5, 2, 3)
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("name", LAYERS)
 def test_swap_changes_the_class_and_nothing_else(name):
     layer = LAYERS[name]().eval()

@@ -16,7 +16,6 @@ CPU = [f"cpu-{isa}" for isa in NATIVE.isas()] if NATIVE else []
 LAYERS = [("LSTM", {}), ("LSTM", {"proj_size": 2}), ("GRU", {}), ("RNN", {})]
 MODULES = [*LAYERS, ("LSTMCell", {}), ("GRUCell", {}), ("RNNCell", {})]
 I, H, B, T = 3, 4, 2, 3
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 
 def make(kind, options, dtype=torch.float64, **more):
@@ -135,13 +134,6 @@ def test_spec_step_is_a_scan_of_one():
         close(output[0], found[0], 1e-6, 1e-6)
         assert torch.equal(h_n[0], output[0])
         assert c_n is None or torch.allclose(c_n[0], found[1])
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("fresh_compiler")

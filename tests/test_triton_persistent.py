@@ -9,7 +9,7 @@ import torch
 
 import seqkern
 from seqkern.kernels import persistent, rnn, tuning, tuning_cache
-from seqkern.ops import _backend
+from seqkern.ops import _hardware
 from seqkern.testing import Case, check_drawn, make_case, run_op
 
 pytestmark = [
@@ -23,7 +23,7 @@ pytestmark = [
     ),  # Triton's
 ]
 
-DEVICE = "cpu" if _backend.INTERPRETED else "cuda"
+DEVICE = "cpu" if _hardware.INTERPRETED else "cuda"
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 FORMS = [("dense", False), ("dense", True), ("packed", False), ("packed", True)]
 FORWARD, BACKWARD = persistent.persistent_forward, persistent.persistent_backward

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import seqkern
 from seqkern.kernels import math, rnn, tuning, tuning_cache
 from seqkern.kernels.layer import Layer
-from seqkern.ops import _backend, _library
+from seqkern.ops import _hardware, _library
 from seqkern.testing import (
     Case,
     check_drawn,
@@ -33,7 +33,6 @@ from seqkern.testing import (
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.interpreter,
-    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),  # torch's
     pytest.mark.filterwarnings(
         "ignore:RNN module weights are not part of single contiguous chunk"
     ),  # cuDNN's
@@ -44,7 +43,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"),
 ]
 
-DEVICE = "cpu" if _backend.INTERPRETED else "cuda"
+DEVICE = "cpu" if _hardware.INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 FORMS = [("dense", False), ("dense", True), ("packed", False), ("packed", True), ("step", False)]

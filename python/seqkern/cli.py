@@ -12,7 +12,7 @@ from rich.console import Console
 
 import seqkern
 from seqkern import report, testing
-from seqkern.ops import _backend, _library
+from seqkern.ops import _backend, _hardware, _library
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,7 +50,7 @@ def info() -> None:
             ("instruction set", f"{native.isa()} of {', '.join(native.isas())}"),
             ("threads", native.num_threads()),
         ]
-    rows += [("Triton", _backend.TRITON_MISSING or metadata.version("triton")), ("GPU", _gpu())]
+    rows += [("Triton", _hardware.TRITON_MISSING or metadata.version("triton")), ("GPU", _gpu())]
     Console().print(report.key_values("", rows))
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from seqkern.ops import _backend
+from seqkern.ops import _hardware
 from seqkern.ops.attention import empty_gradients, empty_outputs
 from seqkern.spec.attention import Options, Tensors
 
@@ -135,8 +135,8 @@ def _kernels(module: str) -> Any:
 
 def why_not() -> str:
     """Why nothing can be tuned here; empty if it can."""
-    if _backend.TRITON_MISSING:
-        return _backend.TRITON_MISSING
+    if _hardware.TRITON_MISSING:
+        return _hardware.TRITON_MISSING
     if not torch.cuda.is_available():
         built = "torch finds no CUDA device" if torch.version.cuda else "this torch was built without CUDA"
         return f"no GPU here ({built}, torch {torch.__version__}); nothing was timed"

@@ -17,7 +17,6 @@ WINDOW = 256  # keys that a query sees, its own included
 CAP = 30.0
 DROPOUT = 0.1
 HIDDEN = 0.1  # of what a mask covers
-TORCH_MASKS = ("alibi", "window")  # options that torch's attention is given as a mask
 
 
 class Sizes(NamedTuple):

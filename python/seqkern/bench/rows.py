@@ -13,7 +13,7 @@ from seqkern.bench.targets import Target
 OURS = "seqkern"  # among the subjects
 TORCH, COMPILE, ONNX, FLEX = "torch", "compile", "onnxruntime", "flex"  # the peers
 LOOP, VARLEN = "loop", "varlen"
-SDPA = CUDNN, FLASH, EFFICIENT, MATH = (
+CUDNN, FLASH, EFFICIENT, MATH = (
     "cudnn",
     "flash",
     "efficient",

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from seqkern import functional
 from seqkern.dispatcher.choice import ON_GPU, TOO_SMALL, attention_has_kernels, declined
-from seqkern.functional.attention import short_way
-from seqkern.ops import _backend, _torchs_own
+from seqkern.functional._attention import short_way
+from seqkern.ops import _backend, _surroundings, _torchs_own
 from seqkern.ops._attention_backends import Wanted
 from seqkern.spec.attention import Options, Tensors
 
@@ -20,7 +20,7 @@ ASKED = "torch.nn.attention.sdpa_kernel asks for kernels of torch"
 def _stays(query: Tensor, key: Tensor, value: Tensor) -> str:
     """Why a call stays torch's though a kernel of this package might serve it; empty if it need not."""
     compiling = torch.compiler.is_compiling()
-    if not compiling and any(type(x) not in _backend.PLAIN for x in (query, key, value)):
+    if not compiling and any(type(x) not in _surroundings.PLAIN for x in (query, key, value)):
         return "a tensor is of a subclass"
     if query.dim() < 3 or key.dim() < 3:
         return "there are no heads"
@@ -30,7 +30,9 @@ def _stays(query: Tensor, key: Tensor, value: Tensor) -> str:
 
 
 def _is_too_small(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    return 4 * query.numel() * key.size(-2) < WORTH_A_GRADIENT and _backend.needs_grad((query, key, value))
+    return 4 * query.numel() * key.size(-2) < WORTH_A_GRADIENT and _surroundings.needs_grad(
+        (query, key, value)
+    )
 
 
 def _torch_is_asked_for() -> bool:
@@ -56,7 +58,7 @@ def scaled_dot_product_attention(own: Callable) -> Callable:
             if output is not None:
                 return output
         if not special or _backend.forced() is None:
-            stays = _backend.in_transform() or (has_kernels and _stays(query, key, value))
+            stays = _surroundings.in_transform() or (has_kernels and _stays(query, key, value))
             stays = stays or (not query.is_cpu and ON_GPU)
             if stays:
                 if special and isinstance(stays, str):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqkern.ops import _backend
+from seqkern.ops import _backend, _surroundings
 from seqkern.ops._attention_backends import Wanted
 from seqkern.ops._backend import Call, Choice
 from seqkern.spec.attention import Options, Tensors
@@ -59,7 +59,7 @@ def takes_recurrent(op: str, worth: bool, tensors: tuple[Tensor | None, ...]) ->
 def takes(call: Call) -> bool:
     """Whether a kernel of this package, or the backend that the user forces, runs a call; `watch` sees a no."""
     forced = _backend.forced()
-    if forced is None and _backend.in_transform():
+    if forced is None and _surroundings.in_transform():
         return False
     if forced == "torch":
         return declined(call, ())

@@ -15,7 +15,7 @@ from torch import Tensor
 from seqkern import functional
 from seqkern.dispatcher.choice import TOO_SMALL, attention_has_kernels, declined, takes
 from seqkern.functional import _layer
-from seqkern.ops import _backend, _torchs_own
+from seqkern.ops import _backend, _surroundings, _torchs_own
 from seqkern.ops._attention_backends import Wanted
 from seqkern.spec.attention import Options, Tensors
 
@@ -108,7 +108,7 @@ def _ours(x: Tensor, heads: int, mask: Tensor | None, kind: int | None, weights:
     if not (worth or special):
         return None
     rows = _rows(x)
-    if rows is None or any(type(t) not in _backend.PLAIN or t.is_nested for t in (rows.data, *params)):
+    if rows is None or any(type(t) not in _surroundings.PLAIN or t.is_nested for t in (rows.data, *params)):
         return None
     if torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
         return None

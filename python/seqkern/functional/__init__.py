@@ -1,8 +1,9 @@
 """Recurrent layers and cells, attention and linear layers, as pure functions of tensors."""
 
-from seqkern.functional.attention import attention, scaled_dot_product_attention
-from seqkern.functional.linear import linear
-from seqkern.functional.rnn import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
+from seqkern.functional._attention import attention, scaled_dot_product_attention
+from seqkern.functional._cells import gru_cell, lstm_cell, rnn_cell
+from seqkern.functional._linear import linear
+from seqkern.functional._rnn import gru, lstm, rnn
 
 __all__ = [
     "attention",

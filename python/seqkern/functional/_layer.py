@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkern.functional.linear import linear
-from seqkern.ops import _backend
+from seqkern.functional._linear import linear
+from seqkern.ops import _backend, _hardware, _surroundings
 from seqkern.ops.linear import ACTIVATIONS, direct_linear
 
 _ending = torch.ops.seqkern.ending_.default
@@ -59,11 +59,11 @@ def whole_layer(x: Tensor, layer: Layer) -> Tensor:
 
 def may_be_short(x: Tensor, activation: str) -> bool:
     """Whether the products of a layer may be followed by a kernel of ours, past torch's functions."""
-    if _backend.special or _backend.is_looked_on():
+    if _backend.special or _surroundings.is_looked_on():
         return False
     if torch._C._len_torch_function_stack() > 0:  # type: ignore[attr-defined]  # whose modes may keep what is returned
         return False
-    if not (_backend.CPU_READY and x.is_cpu and x.dtype in _backend.CPU_DTYPES and x.numel()):
+    if not (_hardware.CPU_READY and x.is_cpu and x.dtype in _hardware.CPU_DTYPES and x.numel()):
         return False
     return x.layout is torch.strided and not (activation == "gelu" and x.dtype is torch.float64)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from seqkern.ops._backend import known_constant
+from seqkern.ops._surroundings import known_constant
 
 
 class Band(NamedTuple):

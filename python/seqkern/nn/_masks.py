@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqkern.ops import _backend
+from seqkern.ops import _surroundings
 
 
 class Seen(NamedTuple):
@@ -97,11 +97,11 @@ def is_causal_mask(mask: Tensor) -> bool:
 
     It is looked at where that costs little: on a CPU, outside of a compiler and of function transforms.
     """
-    if torch.compiler.is_compiling() or type(mask) not in _backend.PLAIN or mask.dim() != 2:
+    if torch.compiler.is_compiling() or type(mask) not in _surroundings.PLAIN or mask.dim() != 2:
         return False
     if not (mask.dtype == torch.bool or mask.is_floating_point()):  # an error, and for the layers to say
         return False
-    if not mask.is_cpu or _backend.in_transform():
+    if not mask.is_cpu or _surroundings.in_transform():
         return False
     hidden = True if mask.dtype == torch.bool else -torch.inf
     return torch.equal(mask, torch.full_like(mask, hidden, requires_grad=False).triu_(1))
@@ -142,7 +142,7 @@ def seen(
         )
     causal = is_causal and not exact and key_padding_mask is None
     if is_causal and not causal and not more_keys and tuple(attn_mask.shape) == (L, S):  # type: ignore[union-attr]
-        causal = not _backend.needs_grad((attn_mask,)) and is_causal_mask(attn_mask)  # type: ignore[arg-type]
+        causal = not _surroundings.needs_grad((attn_mask,)) and is_causal_mask(attn_mask)  # type: ignore[arg-type]
     found: dict[str, Tensor] = {}
     if attn_mask is not None and not causal:
         if tuple(attn_mask.shape) not in ((L, S), (B * H, L, S)):

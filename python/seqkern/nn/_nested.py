@@ -11,7 +11,7 @@ import torch.nn.functional as TF
 from torch import Tensor
 
 from seqkern.functional import attention, linear
-from seqkern.ops import _backend
+from seqkern.ops import _backend, _surroundings
 from seqkern.ops._attention_backends import Wanted
 from seqkern.spec.attention import Options, Tensors
 
@@ -27,7 +27,7 @@ def check(module: torch.nn.MultiheadAttention, query, key, value, key_padding_ma
         (module.bias_k is not None or module.add_zero_attn, "the module adds keys"),
         (key_padding_mask is not None or attn_mask is not None, "a mask is given as well"),
         (module.training, "the module is in training mode"),
-        (_backend.needs_grad((query, *module.parameters())), "a gradient is needed"),
+        (_surroundings.needs_grad((query, *module.parameters())), "a gradient is needed"),
     ):
         if unmet:
             raise AssertionError(
@@ -76,9 +76,6 @@ def _padded(rows: Tensor, real: Tensor) -> Tensor:
 def _fused(t: Tensors) -> bool:
     """Whether a fused kernel would take packed sequences; the reference goes through them one by one."""
     try:
-        with _backend.watch():  # a question, not a call
-            return (
-                _backend.choose(_backend.Call("attention", t, Wanted(Options(0.0)))).name in _backend.BY_OPS
-            )
+        return _backend.pick(_backend.Call("attention", t, Wanted(Options(0.0)))).name in _backend.BY_OPS
     except RuntimeError:  # the forced backend does not
         return False

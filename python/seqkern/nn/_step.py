@@ -9,7 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from seqkern.nn._modules import activation_name, changed, kind_of, patched
 from seqkern.nn.attention import MultiheadAttention
 from seqkern.nn.cache import KVCache
-from seqkern.ops import _backend
+from seqkern.ops import _backend, _hardware, _surroundings
 from seqkern.ops._linear_backends import few_rows
 from seqkern.ops.linear import ACTIVATIONS
 from seqkern.ops.transformer import op
@@ -45,9 +45,9 @@ def may_be_one_call(x: Tensor) -> bool:
     dtype = x.dtype
     if x.shape[1] != 1 or x.shape[0] > few_rows(dtype):
         return False
-    if not (_backend.CPU_READY and x.is_cpu and dtype in _backend.CPU_DTYPES):
+    if not (_hardware.CPU_READY and x.is_cpu and dtype in _hardware.CPU_DTYPES):
         return False
-    return not (torch._C._is_any_autocast_enabled() or _backend.in_transform())  # type: ignore[attr-defined]
+    return not (torch._C._is_any_autocast_enabled() or _surroundings.in_transform())  # type: ignore[attr-defined]
 
 
 def prepared(layer: nn.Module, x: Tensor, cache: KVCache, index: int) -> Step | None:
@@ -86,7 +86,12 @@ def prepared(layer: nn.Module, x: Tensor, cache: KVCache, index: int) -> Step | 
     for t in (*tensors, keys, values):
         if t is None:
             continue
-        if type(t) not in _backend.PLAIN or t.dtype is not dtype or not t.is_cpu or t.layout is not strided:
+        if (
+            type(t) not in _surroundings.PLAIN
+            or t.dtype is not dtype
+            or not t.is_cpu
+            or t.layout is not strided
+        ):
             return None  # also for text, see weights_of
     if added is not None and added.dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
         return None

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from seqkern.functional import _layer, attention
+from seqkern.functional._attention import short_way
 from seqkern.functional._layer import Attention, Layer, Norm, Product
-from seqkern.functional.attention import short_way
 from seqkern.nn import _masks
 from seqkern.nn._modules import activation_name, changed
 from seqkern.nn._step import is_plain, weights_of, weights_of_attention
-from seqkern.ops import _backend
+from seqkern.ops import _surroundings
 
 
 class Hidden(NamedTuple):
@@ -62,7 +62,7 @@ def in_few_calls(layer: nn.Module, x: Tensor, hidden: Hidden, memory: Memory | N
     of_norms: Any = [weights_of(norm) for norm in named]
     of_other: Any = () if other is None else weights_of_attention(other)
     for each in (*t, *of_other, *(w for pair in of_norms for w in pair)):
-        if each is not None and type(each) not in _backend.PLAIN:
+        if each is not None and type(each) not in _surroundings.PLAIN:
             return None  # also for text, see weights_of
     attentions = [Attention(t[:2], t[2:4], _to_itself(x, hidden, own.num_heads, first))]
     if other is not None and memory is not None:
@@ -77,7 +77,7 @@ def in_few_calls(layer: nn.Module, x: Tensor, hidden: Hidden, memory: Memory | N
 
 
 def _may_come(x: Tensor, hidden: Hidden) -> bool:
-    if type(x) not in _backend.PLAIN or x.is_nested or x.dim() != 3:
+    if type(x) not in _surroundings.PLAIN or x.is_nested or x.dim() != 3:
         return False
     return hidden.mask is None or hidden.padding is None
 

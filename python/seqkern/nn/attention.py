@@ -9,7 +9,7 @@ from seqkern.functional import attention, linear
 from seqkern.nn import _masks, _nested
 from seqkern.nn._modules import leaf_of_fx
 from seqkern.nn.cache import KVCache
-from seqkern.ops import _backend
+from seqkern.ops import _backend, _surroundings
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -130,7 +130,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """The inputs, copied where the gradient of a weight reads them: torch copies those whose batch stands first,
         unless it or the length is 1, and callers may write to theirs, as by ``x += attention(x, x, x)[0]``."""
         weights = self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-        if torch.compiler.is_compiling() or 1 in inputs[0].shape[:2] or not _backend.needs_grad(weights):
+        if torch.compiler.is_compiling() or 1 in inputs[0].shape[:2] or not _surroundings.needs_grad(weights):
             return inputs
         copies: dict[int, Tensor] = {}
         return tuple(
@@ -189,12 +189,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             "adds keys (add_bias_kv, add_zero_attn)" if self.bias_k is not None or self.add_zero_attn else ""
         )
 
-    def _joined(self, heads: Tensor) -> Tensor:
-        """`_join` for few rows."""
-        B, _, n, _ = heads.shape
-        rows = heads.transpose(1, 2).reshape(B, n, self.embed_dim)
-        return linear(rows, self.out_proj.weight, self.out_proj.bias)
-
     def attend_own(self, x: Tensor, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
         """New positions x [B, n, E] attend to those in the cache and, causally, to themselves; the cache gets them."""
         B, n, _ = x.shape
@@ -204,7 +198,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         output: Any = attention(
             three.select(1, 0), k, v, mask=mask, causal="bottom-right" if n > 1 else False
         )
-        return self._joined(output)
+        return self._join(output, 0)
 
     def memory_pair(self, memory: Tensor) -> Tensor:
         """Keys and values [B, 2, H, S, D] of a memory [B, S, E]."""
@@ -219,4 +213,4 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         k, v = cache.recall(layer)
         seen = cache.memory_seen
         output: Any = attention(self._split(q, 0), k, v, mask=seen.mask, bias=seen.bias)
-        return self._joined(output)
+        return self._join(output, 0)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqkern.functional.linear import linear, show
+from seqkern.functional._linear import linear, show
 from seqkern.nn._modules import leaf_of_fx
-from seqkern.ops import _backend
+from seqkern.ops import _backend, _surroundings
 from seqkern.ops._linear_backends import torch_has_it
 from seqkern.ops.linear import direct_linear
 
@@ -62,7 +62,7 @@ class Linear(nn.Linear):
             show(input, weight, bias)
         elif _is_recorded():
             return F.linear(input, weight, bias)  # type: ignore[arg-type]
-        elif type(input) is Tensor and type(weight) in _backend.PLAIN:
+        elif type(input) is Tensor and type(weight) in _surroundings.PLAIN:
             if torch_has_it(input, weight):  # type: ignore[arg-type]
                 return F.linear(input, weight, bias)  # type: ignore[arg-type]
             found = _short(input, weight, bias)  # type: ignore[arg-type]

@@ -10,17 +10,17 @@ from functools import wraps
 from inspect import signature
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqkern.functional import linear
+from seqkern.functional._linear import ACTIVATION_OF
 from seqkern.nn import _masks
 from seqkern.nn._modules import activation_name, leaf_of_fx, unheard
 from seqkern.nn._whole import Hidden, Memory, in_few_calls
 from seqkern.nn.attention import MultiheadAttention
 from seqkern.nn.cache import KVCache
 from seqkern.nn.generation import Generated, advance, generate
-from seqkern.ops import _backend
+from seqkern.ops import _surroundings
 
 
 def _adopt(module: nn.Module) -> None:
@@ -41,7 +41,7 @@ def _residual(layer, x: Tensor, *blocks: tuple[nn.Module, Callable[[Tensor], Ten
 def _linear(module: nn.Module, x: Tensor, activation: str | None = None) -> Tensor:
     if unheard(module, nn.Linear):
         return linear(x, module.weight, module.bias, activation)  # type: ignore[arg-type]
-    return _FUNCTIONS[activation](module(x))
+    return ACTIVATION_OF[activation](module(x))
 
 
 def _dropped(module: nn.Module, x: Tensor) -> Tensor:
@@ -54,9 +54,6 @@ def _feed_forward(layer, x: Tensor) -> Tensor:
     x = _linear(layer.linear1, x, known)
     x = x if known else layer.activation(x)
     return _linear(layer.linear2, _dropped(layer.dropout, x))
-
-
-_FUNCTIONS = {None: lambda x: x, "relu": F.relu, "gelu": F.gelu}
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -241,7 +238,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         may_pack = (
             mask is None and src_key_padding_mask is not None and getattr(self, "use_nested_tensor", False)
         )
-        if may_pack and not self.layers[0].training and not _backend.in_transform():
+        if may_pack and not self.layers[0].training and not _surroundings.in_transform():
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         causal = _masks.told_causal(mask, is_causal)
         output = src

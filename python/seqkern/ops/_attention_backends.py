@@ -1,23 +1,16 @@
 """Which backends serve a call of attention, and why the others do not."""
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter
 
-from seqkern.ops import _library
+from seqkern.ops import _hardware
+from seqkern.ops._hardware import CPU_DTYPES, CPU_READY, TRITON_DTYPES, not_one_of
+from seqkern.ops._surroundings import PLAIN, needs_grad
 from seqkern.spec.attention import Options, Tensors
 
-CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-CPU_READY = _library.native() is not None
-
-
 GPU_FLOP = 2e10  # 0.1 ms of a Hopper GPU, which a launch from Python must not be a large part of
-TRITON_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 LARGEST_HEAD = 256
-PLAIN = frozenset((Tensor, Parameter))
 
 
 class Wanted(NamedTuple):
@@ -72,8 +65,7 @@ def torch_outruns_on_gpu(t: Tensors, wanted: Wanted) -> str | None:
         return None  # torch reads a dense mask for it
     if o.dropout_p > 0 or (t.bias is None and t.alibi_slopes is None):
         return "cuDNN's kernel is faster"
-    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in t)
-    if grad and not (t.bias is not None and t.bias.requires_grad):
+    if needs_grad(t) and not (t.bias is not None and t.bias.requires_grad):
         return "it has not been shown to be faster than torch's kernel but for the gradient of a bias"
     return None
 
@@ -81,11 +73,11 @@ def torch_outruns_on_gpu(t: Tensors, wanted: Wanted) -> str | None:
 def cpu_declines(t: Tensors) -> str | None:
     """Why the compiled kernels cannot take a call; they know every option."""
     if not CPU_READY:
-        return _library.why_missing()
+        return _hardware.CPU_MISSING
     if reason := _out_of_place(t, "cpu"):
         return reason
-    if t.query.dtype not in CPU_DTYPES:
-        return f"the dtype is {t.query.dtype}, not one of {', '.join(sorted(map(str, CPU_DTYPES)))}"
+    if reason := not_one_of(t.query.dtype, CPU_DTYPES):
+        return reason
     if t.query.shape[-1] == 0 or t.value.shape[-1] == 0 or t.query.shape[1] == 0:
         return "a size is zero"
     return None
@@ -104,46 +96,22 @@ def _out_of_place(t: Tensors, device: str) -> str | None:
     return None
 
 
-def _find_triton() -> str:
-    try:
-        found = find_spec("triton")
-    except (ImportError, ValueError):  # blocked, or None in sys.modules
-        found = None
-    return "" if found else "Triton is not installed; pip install triton"
-
-
-TRITON_MISSING = _find_triton()
-
-
-def _too_old(index: int) -> str:
-    """Why a GPU cannot run the kernels; empty if it can. A compiler takes the answer as it is."""
-    if torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0):
-        return ""
-    return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0"
-
-
-_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def triton_declines(t: Tensors, o: Options) -> str | None:
     query = t.query
     if query.device.type != "cuda":
         return _out_of_place(t, "cuda")
-    if TRITON_MISSING:
-        return TRITON_MISSING
-    if reason := _too_old(query.device.index or 0):
+    if reason := _hardware.TRITON_MISSING or _hardware.too_old(query.device.index or 0):
         return reason
     return _out_of_place(t, "cuda") or triton_shape_declines(t, o)
 
 
 def triton_shape_declines(t: Tensors, o: Options) -> str | None:
     """What of a call the kernels cannot take, wherever they run."""
-    dtype = t.query.dtype
-    if dtype not in TRITON_DTYPES:
-        return f"the dtype is {dtype}, not one of {', '.join(sorted(map(str, TRITON_DTYPES)))}"
+    if reason := not_one_of(t.query.dtype, TRITON_DTYPES):
+        return reason
     for name, size in (("query", t.query.shape[-1]), ("value", t.value.shape[-1])):
         if not 1 <= size <= LARGEST_HEAD:
             return f"the head size of {name} is {size}, not between 1 and {LARGEST_HEAD}"
-    if o.weights and any(x is not None and x.requires_grad for x in t) and torch.is_grad_enabled():
+    if o.weights and needs_grad(t):
         return "there is no kernel for the gradient of the weights as a result"
     return None

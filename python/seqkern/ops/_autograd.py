@@ -27,7 +27,7 @@ def register_autograd(
     schema's last arguments, all of which ``inputs`` holds.
 
     Returns the op as a function that goes to its gradient or to its kernel without the dispatcher's way through Python,
-    where `seqkern.ops._backend.is_looked_on` says no. An op that runs ``in_backwards``, within those of others, whose
+    where `_surroundings.is_looked_on` says no. An op that runs ``in_backwards``, within those of others, whose
     gradients may be batched, goes so to its kernel alone.
     """
     op = getattr(torch.ops.seqkern, name).default

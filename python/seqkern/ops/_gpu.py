@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqkern.ops import _backend
+from seqkern.ops import _backend, _hardware
 
 
 @cache
@@ -24,14 +24,14 @@ def serve(library: torch.library.Library, op: str, module: str, function: str) -
 
     def launch(*arguments: Any) -> Any:
         tensors = tuple(a for a in arguments if isinstance(a, Tensor) and a.is_floating_point())
-        if reason := _backend.lacks_triton(tensors):
+        if reason := _hardware.lacks_triton(tensors):
             raise RuntimeError(f"seqkern::{op} cannot run on this GPU: {reason}")
         return _launcher(module, function)(*arguments)
 
     library.impl(op, launch, "CUDA")
-    if not _backend.INTERPRETED:
+    if not _hardware.INTERPRETED:
         return
-    compiled = torch.library.get_kernel(f"seqkern::{op}", "CPU") if _backend.CPU_READY else None
+    compiled = torch.library.get_kernel(f"seqkern::{op}", "CPU") if _hardware.CPU_READY else None
 
     def interpret(keys: Any, *arguments: Any) -> Any:
         if compiled is None or _backend.forced() == "triton":

@@ -1,10 +1,11 @@
 """Whose matmul is the faster one for a linear layer: fixed rules, from measurements that docs/decisions.md tells of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from seqkern.ops import _library
+from seqkern.ops._surroundings import expects_grad
 
 FEW_ROWS = 16  # for which weights are read as they lie
 FEW_ROWS_OF_16_BITS = 4
@@ -100,6 +101,15 @@ def torch_outruns(rows: int, weight: torch.Tensor, grad: bool) -> str | None:
         return "a linear layer of bfloat16"
     least = FLOP_WORTH_A_GRADIENT if grad else FLOP_WORTH_PACKING
     return "a linear layer so small" if flop < least else None
+
+
+def torch_outruns_layer(tensors: Sequence[torch.Tensor | None]) -> str | None:
+    """`torch_outruns` of a call: input, weight and bias."""
+    input, weight = tensors[:2]
+    assert input is not None and weight is not None
+    if torch.compiler.is_compiling():
+        return "a linear layer that a compiler fuses"
+    return torch_outruns(input.numel() // max(1, weight.size(1)), weight, expects_grad(tensors))
 
 
 def torch_has_it(input: torch.Tensor, weight: torch.Tensor) -> bool:

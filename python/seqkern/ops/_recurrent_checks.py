@@ -10,6 +10,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from seqkern.spec import CELLS
+
 _NAMES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 
 
@@ -52,7 +54,6 @@ def check_tensors(name: str, input: object, hx: object, weights: object) -> None
 
 def check_cell(
     cell: str,
-    gates: int,
     input: Tensor,
     hx: Tensor | None,
     cx: Tensor | None,
@@ -61,7 +62,7 @@ def check_cell(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> None:
-    name = f"{_NAMES[cell]}Cell"
+    name, gates = f"{_NAMES[cell]}Cell", CELLS[cell].gates
     check_tensors(name, input, hx, [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None])
     if w_ih.dim() != 2 or w_hh.dim() != 2:
         raise RuntimeError(
@@ -111,7 +112,6 @@ def _refuse_cell(name, gates, input, hx, cx, w_ih, w_hh, b_ih, b_hh) -> NoReturn
 
 def check_layers(
     cell: str,
-    gates: int,
     input: Tensor,
     hx: Tensor | None,
     cx: Tensor | None,
@@ -155,6 +155,7 @@ def check_layers(
             f"{'[batch, time, input_size]' if batch_first else '[time, batch, input_size]'} or 2-D [time, input_size]"
         )
     features, outputs = weights[0].shape[1], weights[1].shape[1]
+    gates = CELLS[cell].gates
     hidden = weights[1].shape[0] // gates
     if hx is not None:
         rank = 2 if batch_sizes is None and batch is None else 3

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkern.ops import _backend, _torchs_own
+from seqkern.ops import _backend, _surroundings, _torchs_own
 from seqkern.ops._attention_backends import CPU_DTYPES, CPU_READY, PLAIN, Wanted
-from seqkern.ops._checks_attention import (
+from seqkern.ops._attention_checks import (
     check_cu_seqlens,
     check_extras,
     check_options,
@@ -78,7 +78,7 @@ def _run(name: str, t: Tensors, o: Options) -> tuple[Tensor, Tensor | None, Tens
     # A compiler cannot follow the spec where it reads how long packed sequences are.
     if name == "reference" and not (torch.compiler.is_compiling() and t.cu_seqlens_q is not None):
         return spec.attention(*t, *o)
-    return (_op if _backend.is_looked_on() else direct_attention)(*t, *o)
+    return (_op if _surroundings.is_looked_on() else direct_attention)(*t, *o)
 
 
 def _torch(t: Tensors, o: Options) -> Tensor:
@@ -148,7 +148,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def short_way(query, key, value, mask, causal, scale, gqa) -> Tensor | None:
     """The output of a call that the compiled kernels serve, on a CPU, where nobody looks on; past the choice, which
     would take longer than a short call. None: the long way finds out who serves it."""
-    if _backend.is_looked_on() or _backend.special or not _sdpa:
+    if _surroundings.is_looked_on() or _backend.special or not _sdpa:
         return None
     for x in (query, key, value) if mask is None else (query, key, value, mask):
         if type(x) not in PLAIN or not x.is_cpu:
@@ -234,7 +234,7 @@ def attention(
         return_lse: also return the logarithm of the denominators, [B, Hq, L] or [Hq, total_q] in float32.
         return_weights: also return the weights after dropout: ``"heads"`` [B, Hq, L, S], ``"mean"`` over the heads
             [B, L, S].
-        backend: forces one of `seqkern.ops._backend.BACKENDS` for this call.
+        backend: forces a backend for this call, before `seqkern.backend` does.
 
     Returns:
         output [B, Hq, L, Dv] or [total_q, Hq, Dv]; with ``return_lse`` or ``return_weights`` a tuple (output[, lse][,

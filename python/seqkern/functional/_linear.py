@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkern.ops import _backend
+from seqkern.ops import _backend, _surroundings
 from seqkern.ops.linear import ACTIVATIONS, direct_linear
 
 __all__ = ["linear"]
 
 _op = torch.ops.seqkern.linear.default
-_FUNCTIONS = {None: lambda x: x, "relu": F.relu, "gelu": F.gelu}
+ACTIVATION_OF = {None: lambda x: x, "relu": F.relu, "gelu": F.gelu}
 _IN_PLACE = {"relu": torch.relu_, "gelu": torch.ops.aten.gelu_.default}
 
 
@@ -46,30 +46,30 @@ def linear(
         output = F.linear(input, weight, bias)
         if activation is None:
             return output
-        return (_IN_PLACE if _is_nobodys(output, input, weight, bias) else _FUNCTIONS)[activation](output)
-    if not input.is_contiguous() and _backend.needs_grad((input, weight, bias)):
+        return (_IN_PLACE if _is_nobodys(output, input, weight, bias) else ACTIVATION_OF)[activation](output)
+    if not input.is_contiguous() and _surroundings.needs_grad((input, weight, bias)):
         input = input.contiguous()  # torch saves such a copy too, so that callers may write to theirs
     exact = activation == "gelu" and (
-        weight.dtype is torch.float64 or _backend.needs_grad((input, weight, bias))
+        weight.dtype is torch.float64 or _surroundings.needs_grad((input, weight, bias))
     )
     fused = None if exact else activation
-    run = _op if _backend.is_looked_on() else direct_linear
+    run = _op if _surroundings.is_looked_on() else direct_linear
     output = run(input, weight, bias, ACTIVATIONS[fused])
-    return output if fused == activation else _FUNCTIONS[activation](output)
+    return output if fused == activation else ACTIVATION_OF[activation](output)
 
 
 def _may_not_be_saved(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether an input is an inference tensor that torch's backward would want; torch's modules copy it by chance."""
     if torch.compiler.is_compiling() or not (isinstance(input, Tensor) and input.is_inference()):
         return False
-    return not torch.is_inference_mode_enabled() and _backend.needs_grad((weight, bias))
+    return not torch.is_inference_mode_enabled() and _surroundings.needs_grad((weight, bias))
 
 
 def _is_nobodys(output: Tensor, *made_of: Tensor | None) -> bool:
     """Whether torch made an output just now, and nobody can have kept it: then it may be written again."""
-    if output.requires_grad or output.layout is not torch.strided or _backend.is_looked_on():
+    if output.requires_grad or output.layout is not torch.strided or _surroundings.is_looked_on():
         return False
-    plain = all(t is None or type(t) in _backend.PLAIN for t in (output, *made_of))
+    plain = all(t is None or type(t) in _surroundings.PLAIN for t in (output, *made_of))
     return plain and torch._C._len_torch_function_stack() == 0  # type: ignore[attr-defined]
 
 
