@@ -106,7 +106,6 @@ def toolchain() -> tuple[list[str], list[str]]:
     compile_ = [
         compiler,
         *flags,
-        f'-DSEQKERN_BUILD_FLAGS="{" ".join(flags)}"',
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
     ]
     compile_ += [f"-I{CSRC}"]

@@ -16,15 +16,9 @@ namespace {
 template <class A>
 using Array = py::array_t<A, py::array::c_style>;
 
-#define SK_TEXT_(x) #x
-#define SK_TEXT(x) SK_TEXT_(x)
-
 py::dict build_info() {
     py::dict info;
     info["compiler"] = "" __VERSION__;
-    info["flags"] = SEQKERN_BUILD_FLAGS;
-    info["torch_target"] = SK_TEXT(TORCH_TARGET_VERSION);
-    info["cuda"] = "";
     return info;
 }
 

@@ -25,6 +25,11 @@ from seqkern.kernels.launch import Launch, RowValues, run
 from seqkern.kernels.mods import LN2, LOG2E
 from seqkern.kernels.tuning_hopper import Forward, forward_config, seen_keys
 
+# By their names since Triton 3.7 and 3.9, or those of 3.6, which 3.9 has left as stubs that raise.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+save = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 SHARED_KEYS = 24 * 2**20  # bytes of keys and values that programs in flight read: less than the L2 cache
 
 
@@ -88,7 +93,7 @@ def load_keys(x, b, h, row, tiles, ready, free, count, STAGES: gl.constexpr):
     at = count % STAGES
     mbarrier.wait(free.index(at), (count // STAGES & 1) ^ 1)
     mbarrier.expect(ready.index(at), x.block_type.nbytes)
-    tma.async_copy_global_to_shared(x, [b, h, row, 0], ready.index(at), tiles.index(at))
+    load(x, [b, h, row, 0], ready.index(at), tiles.index(at))
 
 
 @gluon.jit
@@ -109,7 +114,7 @@ def produce(
         mbarrier.wait(free_q, (i & 1) ^ 1)
         mbarrier.expect(ready_q, GROUPS * q.block_type.nbytes)
         for g in gl.static_range(GROUPS):
-            tma.async_copy_global_to_shared(q, [b, h, first + 64 * g, 0], ready_q, tiles_q.index(g))
+            load(q, [b, h, first + 64 * g, 0], ready_q, tiles_q.index(g))
         for step in range(1, n):
             load_keys(k, b, kv, (n - 1 - step) * BLOCK_N, tiles_k, ready_k, free_k, count + step, STAGES)
             load_keys(v, b, kv, (n - step) * BLOCK_N, tiles_v, ready_v, free_v, count + step - 1, STAGES)
@@ -188,10 +193,10 @@ def advance(
     mbarrier.wait(ready_v.index(before), phase_before)
     acc = warpgroup_mma(weights, tiles_v.index(before).reshape((BLOCK_N, D)), acc, is_async=True)
     if ORDERED:
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(turn.index((GROUP + 1) % GROUPS), count=1)
     x = warpgroup_mma_wait(1, deps=[x])
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(free_k.index(at), count=1)
     if EDGE:
         x = hide(x, limit - row)
@@ -199,7 +204,7 @@ def advance(
     # A branch, which the assembler does not move the softmax behind: the products with values are under way.
     mbarrier.wait(ready_v.index(before), phase_before)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(free_v.index(before), count=1)
     acc = acc * across(fade, acc)
     return acc, m, l, packed(w, tiles_v.dtype)
@@ -249,7 +254,7 @@ def consume(
         keys = tiles_k.index(at).reshape((BLOCK_N, D)).permute((1, 0))
         x = warpgroup_mma(tile_q, keys, zeros, use_acc=False, is_async=True)
         x = warpgroup_mma_wait(0, deps=[x])
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(free_k.index(at), count=1)
         x = hide(x, limit - (n - 1) * BLOCK_N)
         w, m, l, _fade = softmax(x, m, l, scale)
@@ -266,7 +271,7 @@ def consume(
                 acc, m, l, p, tile_q, tiles, ready, free, turn, count + step, passes + step - 1, limit,
                 (n - 1 - step) * BLOCK_N, scale, BLOCK_N, D, STAGES, ORDERED, GROUP, GROUPS, False,
             )  # fmt: skip
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(free_q, count=1)
         count += n
         at = (count - 1) % STAGES
@@ -274,7 +279,7 @@ def consume(
         weights = unpacked(p, o.dtype, gl.DotOperandLayout(0, OUT, 2))
         acc = warpgroup_mma(weights, tiles_v.index(at).reshape((BLOCK_N, D)), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(free_v.index(at), count=1)
         l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, LAYOUT), assert_trivial=True)
         empty = l == 0.0
@@ -283,11 +288,11 @@ def consume(
         gl.store(lse.p + b.to(gl.int64) * lse.batch + h.to(gl.int64) * lse.head + r, total, mask=r < work.L)
         acc = gl.where(across(empty, acc), 0.0, acc * across(1.0 / l, acc))
         tma.store_wait(0)  # the output of the last round has left
-        gl.thread_barrier()
+        barrier()
         tiles_o.index(GROUP).reshape((64, D)).store(acc.to(o.dtype))
         fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(o, [b, h, first, 0], tiles_o.index(GROUP))
+        barrier()
+        save(o, [b, h, first, 0], tiles_o.index(GROUP))
     tma.store_wait(0)
 
 

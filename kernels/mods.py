@@ -61,13 +61,16 @@ class Packed(NamedTuple):
 
 @triton.jit
 def sequence(b, L, S, packed):
-    """Where sequence b begins among the queries and the keys, and its lengths."""
+    """Where sequence b begins among the queries and the keys, and its lengths: at most L and S, by which the memory that
+    kernels share is sized and which a caller may have told too small."""
     begin_q, begin_k = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
     if packed is not None:
         begin_q = tl.load(packed.p_q + b).to(tl.int64)
         begin_k = tl.load(packed.p_k + b).to(tl.int64)
-        L = (tl.minimum(tl.load(packed.p_q + b + 1).to(tl.int64), packed.total_q) - begin_q).to(tl.int32)
-        S = (tl.minimum(tl.load(packed.p_k + b + 1).to(tl.int64), packed.total_k) - begin_k).to(tl.int32)
+        end_q = tl.minimum(tl.load(packed.p_q + b + 1).to(tl.int64), packed.total_q)
+        end_k = tl.minimum(tl.load(packed.p_k + b + 1).to(tl.int64), packed.total_k)
+        L = tl.minimum((end_q - begin_q).to(tl.int32), L)
+        S = tl.minimum((end_k - begin_k).to(tl.int32), S)
     return begin_q, begin_k, L, S
 
 

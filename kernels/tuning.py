@@ -79,6 +79,8 @@ def arch_of(device: torch.device) -> int:
     """Compute capability times ten of a device; the interpreter, which has no limits, passes for sm_90."""
     if device.type != "cuda":
         return 90
+    if torch.version.hip is not None:
+        return 86  # whose limits are the smallest; AMD's numbers are not CUDA's
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -204,7 +206,8 @@ def choose(arch: int, p: Problem) -> Config | None:
     found = tuning_cache.preferred(p.key)
     if found is not None:
         config = Config(*found)
-        if not whole or (power(p.H, 16), power(p.P, 16)) == (config.BLOCK_H, config.BLOCK_K):
+        same = (power(p.H, 16), power(p.P, 16)) == (config.BLOCK_H, config.BLOCK_K)
+        if not whole or (same and shared_bytes(p, config) <= limits(arch).shared):  # of another GPU beside this one
             return config
     candidates = (sequence_candidates if whole else step_candidates)(arch, p)
     return candidates[0] if candidates else None

@@ -89,6 +89,13 @@ def served(monkeypatch):
     return count
 
 
+@pytest.fixture(params=[None, pytest.param("cpu", marks=pytest.mark.built)])
+def as_it_is_or_cpu(request):
+    """The choice as it is, and our kernels even where a call this small would go to torch."""
+    with seqkern.backend(request.param):
+        yield
+
+
 @pytest.fixture
 def fresh_compiler():
     torch._dynamo.reset()

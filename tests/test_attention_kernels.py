@@ -340,6 +340,16 @@ def test_packed_lengths_beyond_the_memory_are_cut():
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
+def test_packed_lengths_that_were_told_too_small_are_cut():
+    """By them the memory is sized that parts of keys and the gradient of slopes are written to."""
+    case = make_case(D=16, lengths=((3, 2), (300, 4)), alibi=True)
+    told = case.options._replace(max_seqlen_q=1, max_seqlen_k=300)
+    cut = case.tensors._replace(cu_seqlens_q=torch.tensor([0, 1, 5], device=DEVICE))
+    (output, lse, _), (want, want_lse, _) = run_triton(*case.tensors, *told), run_triton(*cut, *told)
+    assert torch.equal(output[0], want[0]) and torch.equal(lse[:, 0], want_lse[:, 0])
+    assert torch.isnan(output[1:3]).all() and torch.isnan(lse[:, 1:3]).all()  # nothing wrote there
+
+
 def gradients(t, o, grad_output, grad_lse):
     output, lse, _ = run_triton(*t, *o)
     needs = True, True, *(x is not None for x in (t.bias, t.alibi_slopes, t.sinks))

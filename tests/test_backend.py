@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqkern
 from seqkern.dispatcher import choice as stand_ins
-from seqkern.kernels import rnn
+from seqkern.kernels import rnn, tuning
 from seqkern.ops import _attention_backends, _backend, _hardware, _library, _linear_backends, _surroundings
 from seqkern.spec.attention import Options, Tensors
 
@@ -176,6 +177,7 @@ def on_hopper(monkeypatch):
         return True
 
     monkeypatch.setattr(_backend, "_is_hopper", lambda index: True)
+    monkeypatch.setattr(_backend, "_unready", lambda: "")
     monkeypatch.setattr(rnn, "in_one_launch", in_one_launch)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return asked
@@ -308,7 +310,30 @@ def test_triton_needs_a_compiler_and_itself(on_hopper, monkeypatch):
     assert "no gcc and no clang" in _backend._unready.__wrapped__()
     monkeypatch.setenv("CC", "cc")
     monkeypatch.setattr(_backend, "import_module", lambda name: 1 / 0)
-    assert "cannot be imported (ZeroDivisionError" in _backend._unready.__wrapped__()
+    assert "does not work here (ZeroDivisionError" in _backend._unready.__wrapped__()
+
+
+def test_triton_needs_what_its_launchers_are_compiled_with(monkeypatch):
+    """Its driver compiles a helper when it is first asked, as without Python.h it cannot."""
+
+    def no_header():
+        raise RuntimeError("Python.h: No such file or directory")
+
+    monkeypatch.setenv("CC", "cc")
+    target = SimpleNamespace(active=SimpleNamespace(get_current_target=no_header))
+    monkeypatch.setattr(_backend, "import_module", lambda name: SimpleNamespace(driver=target))
+    assert "Python.h" in _backend._unready.__wrapped__()
+
+
+def test_an_amd_gpu_is_no_hopper(monkeypatch):
+    """torch gives AMD's architectures numbers that are Hopper's among NVIDIA's."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 4))
+    for hip, is_hopper in ((None, True), ("6.4", False)):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        _backend._is_hopper.cache_clear()
+        assert _backend._is_hopper(0) == is_hopper
+        assert tuning.arch_of(torch.device("cuda")) == (94 if is_hopper else 86)
+    _backend._is_hopper.cache_clear()
 
 
 def test_stand_ins_leave_a_gpu_to_torch():

@@ -1,5 +1,6 @@
 """What owners of a model do with it besides calling it, and what they get of torch's modules there."""
 
+import re
 from functools import partial
 
 import pytest
@@ -29,7 +30,8 @@ INFERRED = {
 }
 
 
-@pytest.mark.parametrize("forced", [None, pytest.param("cpu", marks=pytest.mark.built)])
+@pytest.mark.built
+@pytest.mark.parametrize("forced", [None, "cpu"])
 @pytest.mark.parametrize("name", INFERRED)
 def test_what_a_frozen_encoder_gave_in_inference_mode(name, forced):
     """Autograd may not save inference tensors; torch's modules with the batch first happen to copy them."""
@@ -45,6 +47,7 @@ def test_what_a_frozen_encoder_gave_in_inference_mode(name, forced):
         assert torch.equal(a, b)
 
 
+@pytest.mark.built
 def test_attention_of_inference_tensors():
     with torch.inference_mode():
         k = torch.randn(B, H, S, 4)
@@ -244,6 +247,47 @@ def test_a_layers_outputs_may_be_saved_in_a_checkpoint():
     (got,) = torch.autograd.grad(found.square().sum(), x)
     (want,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_second_derivatives_through_frozen_layers(kind, batch_first):
+    layer = kind(E, E, 2, batch_first=batch_first, dtype=torch.float64)
+    x = torch.randn(B, L, E, dtype=torch.float64)
+    for frozen in ([".*_l0"], [".*"], ["weight_ih.*"], ["weight_hh.*", "bias.*"]):
+        for name, p in layer.named_parameters():
+            p.requires_grad_(not any(re.fullmatch(each, name) for each in frozen))
+        found = []
+        for accelerated in (False, True):
+            with seqkern.backend("cpu" if accelerated and _hardware.CPU_READY else None):
+                module, given = (
+                    (seqkern.accelerate if accelerated else seqkern.restore)(layer),
+                    x.clone().requires_grad_(),
+                )
+                slope = torch.autograd.grad(module(given)[0].square().sum(), given, create_graph=True)[0]
+                found.append(torch.autograd.grad(slope.square().sum(), given)[0])
+        torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU])
+def test_what_layers_that_are_trained_in_part_do_not_keep(kind):
+    for trained in ("bias", "weight_hh"):
+        found = []
+        for accelerated in (False, True):
+            torch.manual_seed(0)
+            layer = kind(E, E)
+            for name, p in layer.named_parameters():
+                p.requires_grad_(trained in name)
+            if accelerated:
+                seqkern.accelerate(layer)
+            x = torch.randn(L, B, E)
+            with seqkern.backend("cpu" if accelerated and _hardware.CPU_READY else None):
+                x += layer(x)[0]
+                loss = x.square().sum()
+                with torch.no_grad():
+                    layer.bias_hh_l0.add_(1.0)
+                found.append(torch.autograd.grad(loss, [p for p in layer.parameters() if p.requires_grad]))
+        torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
 
 from seqkern.kernels import (
     attention,
@@ -168,6 +169,7 @@ def lacking(monkeypatch):
 
     serve.hopper.cache_clear()
     monkeypatch.setattr(serve, "import_module", fails)
+    monkeypatch.setattr(serve, "_unfit", set())
     yield
     serve.hopper.cache_clear()
 
@@ -210,6 +212,18 @@ def test_compiles(kernel, D, causal, length):
         code = compiled(each, 90)
         assert found.tensor == "HGMMA" and "UTMALDG" in listing(code)
         assert "serialized" not in complaints(code, 90)
+
+
+def test_a_kernel_that_fails_to_compile_warns_once_and_leaves_the_portable_kernels(ran, monkeypatch):
+    def fails(*arguments):
+        raise triton.CompilationError("", None, "module has no attribute 'thread_barrier'")
+
+    monkeypatch.setattr(serve, "_unfit", set())
+    monkeypatch.setattr(hopper, "forward", fails)
+    with pytest.warns(RuntimeWarning, match="thread_barrier"):
+        serve_both(call())
+    serve_both(call())
+    assert ran == 2 * [attention, hopper_backward]
 
 
 # What they compute

@@ -108,3 +108,26 @@ def test_sizes_of_zero_as_torch(kind, sizes):
     ours.load_state_dict(theirs.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_sparse_input_without_a_state(kind):
+    theirs = getattr(torch.nn, kind)(4, 6)
+    ours, x = seqkern.accelerate(copy.deepcopy(theirs)), torch.eye(4).to_sparse()
+    try:
+        want = theirs(x)
+    except RuntimeError as e:
+        with pytest.raises(type(e)):
+            ours(x)
+    else:
+        torch.testing.assert_close(ours(x), want)
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)]
+)
+def test_a_cell_state_of_a_wider_dtype(narrow, wide):
+    theirs = torch.nn.LSTMCell(4, 6, dtype=narrow)
+    ours = seqkern.accelerate(copy.deepcopy(theirs))
+    x, h, c = torch.randn(2, 4, dtype=narrow), torch.randn(2, 6, dtype=narrow), torch.randn(2, 6, dtype=wide)
+    torch.testing.assert_close(ours(x, (h, c)), theirs(x, (h, c)))

@@ -79,6 +79,18 @@ def test_what_follows_a_product(isa, dtype, normed):
             close(y, theirs, exact)
 
 
+@pytest.mark.parametrize("columns", [3, 16, 130])
+def test_the_norm_of_equal_numbers(isa, columns):
+    """Their mean is rounded, and what is left of them must not be taken for a spread."""
+    for value in (3.3333, -1e4 / 3, 1e-3):
+        y = torch.full((2, columns), value)
+        y[1, 0] += abs(value) * 1e-3
+        exact = ending(y.double(), None, 0, None, None, None, 1e-5)
+        torch.ops.seqkern.ending_(y, None, 0, None, None, None, 1e-5)
+        torch.testing.assert_close(y.double(), exact, rtol=1e-3, atol=1e-5 * max(1, abs(value)))
+        assert (y[0] == 0).all()
+
+
 def test_the_op_is_whole():
     op = torch.ops.seqkern.ending_
     y, x, b = torch.randn(3, 5), torch.randn(3, 5), torch.randn(5)

@@ -177,6 +177,21 @@ def test_a_mask_of_integers_is_an_error_of_torchs_type():
             build(room, "encoder")(*inputs_of("encoder"), torch.zeros(S, S, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_causal_mask_of_another_length_is_torchs_error(training):
+    """As of an input whose batch stands first, where the module takes it second."""
+    x, mask = torch.randn(2, S + 1, E), nn.Transformer.generate_square_subsequent_mask(S + 1)
+    for room in (nn, seqkern.nn):
+        for kind, inputs in (("encoder", (x,)), ("decoder", (x, x))):
+            model = build(room, kind).train(training)
+            with pytest.raises(RuntimeError, match=r"shape|expected"):
+                model(*inputs, mask)
+        with pytest.raises(RuntimeError, match=r"shape|expected"):
+            build(room, "Transformer").train(training)(x, x, tgt_mask=mask)
+        with pytest.raises(RuntimeError, match=r"shape|expected"):
+            build(room, "encoder", batch_first=True).train(training)(x, torch.zeros(1, 1))
+
+
 def test_transformer_errors_are_torchs():
     for room in (nn, seqkern.nn):
         model = build(room, "Transformer")

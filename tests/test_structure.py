@@ -26,7 +26,7 @@ FLOORS = {
     2: {"functional"},
     3: {"nn"},
     4: {"swap", "dispatcher", "testing", "report", "charmodel"},
-    5: {"integrations", "explanation", "tune", "distributed", "testing_attention"},
+    5: {"integrations", "explanation", "tune", "distributed", "testing_attention", "testing_decoding"},
     6: {"verification", "bench"},
     7: {"demo"},
     8: {"cli"},

@@ -46,7 +46,7 @@ def parametrized():
 
 def patched():
     layer = nn.GRU(3, 4)
-    layer.forward = layer.forward
+    layer.forward = lambda *args: nn.GRU.forward(layer, *args)
     return layer
 
 
@@ -249,3 +249,24 @@ def test_a_forward_that_was_replaced_since_is_not_left_behind(kind):
     assert type(model[0]) is seqkern.nn.GRU  # nothing was undone
     del model[1].forward
     assert type(seqkern.restore(model)[0]) is nn.GRU
+
+
+def test_a_forward_that_was_put_back_is_the_class_s():
+    """As accelerate's hooks leave it when they are removed."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4), nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0))
+
+    def put_back():
+        for module in model:
+            module.forward = module.forward
+
+    put_back()
+    assert all(row.after for row in seqkern.swaps(seqkern.accelerate(model)))
+    x = torch.randn(3, 2, 4)
+    want = [model[1](x)[0], model[2](x)]
+    put_back()
+    torch.testing.assert_close([model[1](x)[0], model[2](x)], want)
+    seqkern.restore(model)
+    assert [type(module) for module in model] == [nn.Linear, nn.LSTM, nn.TransformerEncoderLayer]
+    torch.testing.assert_close(model[1](x)[0], want[0])
+    model[1].forward = lambda *args: "another"
+    assert "replaced on the instance" in seqkern.swaps(seqkern.accelerate(model))[1].reason

@@ -61,6 +61,18 @@ def test_takes_and_returns_what_aten_does(is_causal):
         torch.testing.assert_close(a, b)
 
 
+def test_looks_as_torchs_compiler_expects_it():
+    """It asserts the sizes and strides of what the operator's meta kernel gives."""
+    case = make_case(Hkv=4, L=6, S=6)
+    given = [x.to("meta") for x in case.tensors[:3]]
+    wanted = torch.ops.aten._scaled_dot_product_flash_attention.default(*given)
+    for got, want in zip(torch_sdpa.forward(*case.tensors[:3]), wanted, strict=True):
+        if isinstance(want, torch.Tensor):
+            assert (got.dtype, got.shape, got.stride()) == (want.dtype, want.shape, want.stride())
+        else:
+            assert got == want
+
+
 def test_backward_drops_what_forward_dropped():
     q, k, v = make_case(Hkv=4).tensors[:3]
     output, lse, *_, seed, offset, _ = torch_sdpa.forward(q, k, v, 0.5)

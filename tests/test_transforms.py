@@ -1,6 +1,8 @@
 """Compilers and function transforms: no graph breaks, no silent zeros."""
 
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -191,6 +193,7 @@ def test_export_in_training_takes_any_length():
     assert exported.module()(torch.randn(9, 2, I))[0].shape == (9, 2, H)
 
 
+@pytest.mark.built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_output_may_be_written_in_place(kind, dtype):
@@ -311,7 +314,7 @@ TRACED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # pytest's filters come before ours
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", TRACED)
 def test_a_trace_can_be_saved(name, grad):
@@ -460,3 +463,16 @@ def test_gradients_enabled_in_inference_mode_make_no_graph(name):
     with torch.inference_mode(), torch.enable_grad():
         found = first(module(x))
     assert not found.requires_grad
+
+
+def test_traces_warn_no_more_than_torchs():
+    """Outside of pytest, which sets filters of its own."""
+    code = (
+        "import torch, seqkern, warnings\n"
+        "warnings.simplefilter('error', append=True)\n"
+        "torch.jit.trace(seqkern.nn.TransformerEncoderLayer(8, 2, 16).eval(), torch.randn(3, 2, 8))\n"
+        "torch.jit.trace(seqkern.nn.GRU(4, 4), torch.randn(3, 2, 4), check_trace=False)\n"
+    )
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 // All attention kernels of one ISA and their table. Included last in attention_*.cpp.
 #include "attention_backward.h"
 #include "attention_run.h"
-#include "step.h"
+#include "transformer_step.h"
 
 namespace seqkern {
 namespace SEQKERN_ISA {

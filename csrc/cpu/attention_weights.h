@@ -142,7 +142,9 @@ struct KeptWeights {
         const long wanted = c.threads == 1 ? 1 : c.threads * ForwardPlan<A>::UNITS_OF_A_THREAD;
         while (together > 1 && c.B * heads * ceil_div(panels, together) < wanted) together /= 2;
         blocks = ceil_div(panels, together);
-        kept = memory, tops = kept + together * of_panel, sums = tops + together * key_blocks * W;
+        kept = memory;
+        tops = memory ? kept + together * of_panel : nullptr;
+        sums = memory ? tops + together * key_blocks * W : nullptr;
     }
     static bool serves(const AttentionForward& c) {
         const ForwardPlan<A> plan(c);

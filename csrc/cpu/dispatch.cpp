@@ -364,12 +364,12 @@ void run_team(int threads, void (*fn)(void*, const Team&), void* context) {
     if (failed) no_memory("memory for a kernel's threads");
 }
 
-void forward(const ForwardCall& call) {
+void scan_forward(const ForwardCall& call) {
     const KernelTable& table = kernels();
     run(call, table.forward_shared_bytes(call), table.forward);
 }
 
-void backward(const BackwardCall& call) {
+void scan_backward(const BackwardCall& call) {
     const KernelTable& table = kernels();
     run(call, table.backward_shared_bytes(call), table.backward);
 }

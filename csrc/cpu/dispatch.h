@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "attention_call.h"
-#include "kernels.h"
 #include "linear_call.h"
+#include "scan_call.h"
 
 namespace seqkern {
 
@@ -24,8 +24,8 @@ int max_threads();  // of a call from this thread
 // Runs fn(context, team) on up to `threads` threads; fewer where the system gives fewer.
 void run_team(int threads, void (*fn)(void* context, const Team& team), void* context);
 
-void forward(const ForwardCall& call);
-void backward(const BackwardCall& call);
+void scan_forward(const ForwardCall& call);
+void scan_backward(const BackwardCall& call);
 void attention_forward(AttentionForward call);
 void attention_backward(const AttentionBackward& call);
 void transformer_step(StepCall call);

@@ -1,7 +1,7 @@
 // The interface between the dispatcher and the kernel of few rows by a matrix: plain data only.
 #pragma once
 
-#include "kernels.h"
+#include "scan_call.h"
 
 namespace seqkern {
 

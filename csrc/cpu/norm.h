@@ -18,20 +18,23 @@ SK_INLINE void normalize_row(const LayerNorm& norm, long size, const A* from, A*
     A total = 0;
     for (long lane = 0; lane < n; ++lane) total += sum[lane];
     const A mean = total / static_cast<A>(size);
-    Vec<A> squares{};
+    Vec<A> squares{}, rest{};  // what the rounded mean leaves, of a row of equal numbers all of it
     const auto at = lanes<A>([](int lane) { return lane; });
     for (long i = 0; i < size; i += n) {
         Vec<A> d = load<A>(from + i) - mean;
         if (size - i < n) d = at < static_cast<int>(size - i) ? d : Vec<A>{};
-        squares += d * d;
+        squares += d * d, rest += d;
     }
-    A spread = 0;
-    for (long lane = 0; lane < n; ++lane) spread += squares[lane];
-    const double variance = static_cast<double>(spread) / static_cast<double>(size);
+    A spread = 0, left = 0;
+    for (long lane = 0; lane < n; ++lane) spread += squares[lane], left += rest[lane];
+    left /= static_cast<A>(size);
+    const double rounded = left;
+    double variance = static_cast<double>(spread) / static_cast<double>(size) - rounded * rounded;
+    if (variance < 0) variance = 0;
     const A factor = static_cast<A>(1 / __builtin_sqrt(variance + norm.eps));
     for (long i = 0; i < size; i += n) {
         const long count = min_of(n, size - i);
-        Vec<A> y = (load<A>(from + i) - mean) * factor;
+        Vec<A> y = (load<A>(from + i) - mean - left) * factor;
         if (norm.w) y *= load_n<A>(static_cast<const S*>(norm.w) + i, count);
         if (norm.b) y += load_n<A>(static_cast<const S*>(norm.b) + i, count);
         if (count < n) y = at < static_cast<int>(count) ? y : Vec<A>{};

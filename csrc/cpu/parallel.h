@@ -5,7 +5,7 @@
 #include <sched.h>
 #include <time.h>
 
-#include "kernels.h"
+#include "scan_call.h"
 #include "simd.h"
 #include "team.h"
 
@@ -66,9 +66,9 @@ struct Arena {
 
     template <class A>
     A* take(long n) {
-        A* p = reinterpret_cast<A*>(base + used);
+        A* p = base ? reinterpret_cast<A*>(base + used) : nullptr;
         used += (static_cast<unsigned long>(n) * sizeof(A) + 63) / 64 * 64;
-        return base ? p : nullptr;
+        return p;
     }
 };
 

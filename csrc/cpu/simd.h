@@ -1,4 +1,4 @@
-// Vector types of one ISA, loads, stores and conversions. Included once per isa_*.cpp, inside its own
+// Vector types of one ISA, loads, stores and conversions. Included once per scan_*.cpp, inside its own
 // namespace: nothing here may be shared between ISAs, or the linker would merge code that older machines
 // cannot run. Expects SEQKERN_ISA (namespace name), SEQKERN_VECTOR_BYTES and SEQKERN_ACCUMULATORS.
 #pragma once

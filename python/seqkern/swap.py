@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from seqkern.nn._modules import has_own_forward
+
 NAMES = (
     "RNN",
     "LSTM",
@@ -102,7 +104,7 @@ def _objection(module: nn.Module, pairs: dict[type[nn.Module], type[nn.Module]])
     if type(module) not in pairs:
         own = "with its own forward" if _overrides_forward(type(module)) else "whose class would be lost"
         return f"a subclass of torch's {own}; write it on seqkern.nn instead"
-    if "forward" in vars(module):
+    if has_own_forward(module):
         return "its forward was replaced on the instance"
     if replaced := _replaced(type(module)):
         return f"torch.nn.{type(module).__name__}.{replaced} was replaced on the class"
@@ -169,6 +171,7 @@ def _assign(changes: list[tuple[nn.Module, type[nn.Module], bool]]) -> None:
 
 def _become(module: nn.Module, cls: type[nn.Module], mark: bool) -> None:
     object.__setattr__(module, "__class__", cls)
+    vars(module).pop("forward", None)  # the old class's, if any
     if mark:
         vars(module)[MARK] = True
     else:
@@ -225,7 +228,7 @@ def restore(model: M) -> M:
     back = {ours: theirs for theirs, ours in _pairs().items()}
     found = [module for _, module in _known(model) if _is_swapped(module, back)]
     for module in found:
-        if "forward" in vars(module):
+        if has_own_forward(module):
             raise TypeError(
                 "restore cannot undo what was done to a module after accelerate: the forward of a "
                 f"{_title(type(module))} was replaced on the instance, by what may call seqkern's; undo that first"

@@ -55,7 +55,7 @@ def _cell(
         hx = None if hx is None else hx.unsqueeze(0)
         cx = None if cx is None else cx.unsqueeze(0)
     if hx is None:
-        hx = input.new_zeros((input.shape[0], w_hh.shape[1]))
+        hx = torch.zeros(input.shape[0], w_hh.shape[1], dtype=input.dtype, device=input.device)
         cx = hx if cell == "lstm" else None
     tensors = (input, hx, cx, w_ih, w_hh, b_ih, b_hh)
     with_lengths = (input, None, hx, cx, w_ih, w_hh, b_ih, b_hh, None, *NO_BACKWARD)

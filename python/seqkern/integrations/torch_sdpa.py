@@ -54,8 +54,8 @@ def forward(
         raise RuntimeError(
             "seqkern's flash attention keeps no dropout mask, expected return_debug_mask=False"
         )
-    seed = torch.randint(2**62, (1,), device=query.device)
-    t, o = _call(query, key, value, dropout_p, is_causal, scale, seed)
+    seed = torch.randint(2**62, (2,), device=query.device)  # of which torch's operator returns two, as uint64
+    t, o = _call(query, key, value, dropout_p, is_causal, scale, seed[:1])
     _, lse, nothing = attention_op.empty_outputs(t, o)
     output = torch.empty_like(query)  # torch's compiler counts on the layout of the query
     if triton_declines(t, o):
@@ -64,7 +64,8 @@ def forward(
     else:
         import_module("seqkern.kernels.serve").forward(t, o, output, lse, nothing)
     offset = torch.zeros((), dtype=torch.int64, device=query.device)
-    return output, lse, None, None, query.shape[2], key.shape[2], seed, offset, nothing
+    state = (seed.view(torch.uint64), offset.view(torch.uint64))
+    return output, lse, None, None, query.shape[2], key.shape[2], *state, nothing
 
 
 def backward(
@@ -86,7 +87,7 @@ def backward(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``aten::_scaled_dot_product_flash_attention_backward``."""
-    t, o = _call(query, key, value, dropout_p, is_causal, scale, philox_seed)
+    t, o = _call(query, key, value, dropout_p, is_causal, scale, philox_seed.view(torch.int64)[:1])
     needs = (True, True, False, False, False)
     found = tuple(torch.empty_like(x) for x in (query, key, value))
     if triton_declines(t, o):

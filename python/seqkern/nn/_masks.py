@@ -5,6 +5,7 @@ shows apart from what is added. Nothing here has a size for the heads unless the
 """
 
 import warnings
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -107,9 +108,15 @@ def is_causal_mask(mask: Tensor) -> bool:
     return torch.equal(mask, torch.full_like(mask, hidden, requires_grad=False).triu_(1))
 
 
-def told_causal(mask: Tensor | None, hint: bool | None) -> bool:
-    """A stack's hint for its layers: the caller's, or what the mask says where it can be looked at."""
-    return bool(hint) if hint is not None else mask is not None and is_causal_mask(mask)
+def told_causal(mask: Tensor | None, hint: bool | None, x: Tensor, layers: Iterable[torch.nn.Module]) -> bool:
+    """A stack's hint for its layers: the caller's, or what the mask of x's length says where it can be looked at."""
+    if hint is not None or mask is None:
+        return bool(hint)
+    length = mask.shape[0] if mask.dim() else 0
+    if not x.is_nested:
+        attention = getattr(next(iter(layers), None), "self_attn", None)
+        length = x.shape[1 if x.dim() == 3 and getattr(attention, "batch_first", False) else 0]
+    return tuple(mask.shape) == (length, length) and is_causal_mask(mask)
 
 
 def seen(

@@ -29,10 +29,19 @@ def leaf_of_fx(forward: Callable) -> Callable:
     return run
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the instance has a forward that is not its class's; one that was put back there, as accelerate's hooks
+    leave it, is its class's."""
+    if "forward" not in module.__dict__:
+        return False
+    found: Any = module.__dict__["forward"]
+    return getattr(found, "__self__", None) is not module or found.__func__ is not type(module).forward
+
+
 def changed(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says: hooks of its own, or a forward."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return bool(hooks or module._backward_pre_hooks or "forward" in module.__dict__)
+    return bool(hooks or module._backward_pre_hooks or has_own_forward(module))
 
 
 _FORWARDS: dict[type[nn.Module], Callable] = {

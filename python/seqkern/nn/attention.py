@@ -7,7 +7,7 @@ from torch import Tensor
 
 from seqkern.functional import attention, linear
 from seqkern.nn import _masks, _nested
-from seqkern.nn._modules import leaf_of_fx
+from seqkern.nn._modules import has_own_forward, leaf_of_fx
 from seqkern.nn.cache import KVCache
 from seqkern.ops import _backend, _surroundings
 
@@ -181,7 +181,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _why_no_step(self) -> str:
         """Why `attend_own` and `attend_memory` would not compute what `forward` computes; empty if they do."""
-        if type(self).forward is not MultiheadAttention.forward or "forward" in vars(self):
+        if type(self).forward is not MultiheadAttention.forward or has_own_forward(self):
             return "has its own forward"
         if not self._qkv_same_embed_dim:
             return "has kdim or vdim of its own"

@@ -1,6 +1,7 @@
 """KVCache: the keys and values that incremental decoding need not compute again."""
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from types import NoneType
 from typing import Any
 
@@ -16,6 +17,11 @@ TO_COME = "a stack to come"
 def _widens(held: torch.dtype, new: torch.dtype) -> bool:
     """Whether what autocast made narrower is held without loss; attention makes it narrow again."""
     return torch._C._is_any_autocast_enabled() and torch.promote_types(held, new) is held  # type: ignore[attr-defined]
+
+
+def _kept() -> AbstractContextManager:
+    """Where storage is made: what is made in inference mode could not be written to outside of it."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 class KVCache:
@@ -50,6 +56,10 @@ class KVCache:
                 raise ValueError(
                     f"KVCache: {name} is {value}, expected a number of positions that is not negative"
                 )
+        if capacity is None:
+            raise TypeError(
+                "KVCache: capacity is None, expected a whole number of positions; 0 makes room when needed"
+            )
         if max_length is not None and capacity > max_length:
             raise ValueError(f"KVCache: capacity is {capacity}, expected at most max_length = {max_length}")
         self.max_length = max_length
@@ -121,6 +131,8 @@ class KVCache:
 
     def truncate(self, length: int) -> None:
         """Forgets the positions from ``length`` on, such as drafts that were not accepted."""
+        if not isinstance(length, int):
+            raise TypeError(f"KVCache: length is {length!r}, expected a whole number of positions to keep")
         if not 0 <= length <= self._length:
             raise ValueError(f"KVCache: truncate to {length}, expected between 0 and the {self._length} held")
         self._length = length
@@ -131,13 +143,26 @@ class KVCache:
         Args:
             sequences: int64 [any number], indices into the batch.
         """
+        if not isinstance(sequences, Tensor):
+            raise TypeError(
+                f"KVCache: sequences is a {type(sequences).__name__}, expected a tensor of torch.int64 indices [n]"
+            )
         if sequences.dim() != 1 or sequences.dtype != torch.int64:
             raise ValueError(
                 f"KVCache: sequences is {sequences.dtype} {list(sequences.shape)}, expected torch.int64 indices [n]"
             )
-        self._own = [x.index_select(0, sequences) for x in self._own]
+        held = self._own[0] if self._own else None
+        if held is not None and held.is_cpu and sequences.numel():
+            least, most = (int(each) for each in sequences.aminmax())
+            if least < 0 or most >= held.shape[0]:
+                raise IndexError(
+                    f"KVCache: sequences holds {least if least < 0 else most}, expected indices of the "
+                    f"{held.shape[0]} sequences held, from 0"
+                )
+        with _kept():
+            self._own = [x.index_select(0, sequences) for x in self._own]
+            self._real = self._real if self._real is None else self._real.index_select(0, sequences)
         self._memory = [(k.index_select(0, sequences), v.index_select(0, sequences)) for k, v in self._memory]
-        self._real = self._real if self._real is None else self._real.index_select(0, sequences)
         mask, bias, _ = self.memory_seen
         mask, bias = (x if x is None else x.index_select(0, sequences) for x in (mask, bias))
         self.memory_seen = Seen(mask, bias)
@@ -165,7 +190,8 @@ class KVCache:
         if wanted > self._capacity:
             self._grow(wanted)
         if padding is not None and self._real is None and padding.any():
-            self._real = padding.new_ones(padding.shape[0], self._capacity)
+            with _kept():
+                self._real = padding.new_ones(padding.shape[0], self._capacity)
         if self._real is None:
             return None
         self._real[:, length:wanted] = True if padding is None else ~padding
@@ -174,7 +200,8 @@ class KVCache:
     def storage(self, layer: int, like: Tensor, heads: int, size: int) -> Tensor:
         """[B, 2, H, capacity, D], a layer's keys and values for as many sequences as ``like`` has; made when new."""
         if layer == len(self._own):
-            self._own.append(like.new_empty(like.shape[0], 2, heads, self._capacity, size))
+            with _kept():
+                self._own.append(like.new_empty(like.shape[0], 2, heads, self._capacity, size))
         held = self._own[layer]
         if held.dtype is not like.dtype and not _widens(held.dtype, like.dtype):
             raise RuntimeError(
@@ -205,10 +232,11 @@ class KVCache:
         room = max(wanted, 2 * self._capacity, SMALLEST)
         room = room if self.max_length is None else min(room, self.max_length)
         length = self._length
-        for i, held in enumerate(self._own):
-            larger = held.new_empty(*held.shape[:3], room, held.shape[4])
-            larger.narrow(3, 0, length).copy_(held.narrow(3, 0, length))
-            self._own[i] = larger
-        if self._real is not None:
-            self._real = torch.nn.functional.pad(self._real, (0, room - self._real.shape[1]), value=True)
+        with _kept():
+            for i, held in enumerate(self._own):
+                larger = held.new_empty(*held.shape[:3], room, held.shape[4])
+                larger.narrow(3, 0, length).copy_(held.narrow(3, 0, length))
+                self._own[i] = larger
+            if self._real is not None:
+                self._real = torch.nn.functional.pad(self._real, (0, room - self._real.shape[1]), value=True)
         self._capacity = room

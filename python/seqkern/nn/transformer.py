@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from seqkern.functional import linear
 from seqkern.functional._linear import ACTIVATION_OF
 from seqkern.nn import _masks
-from seqkern.nn._modules import activation_name, leaf_of_fx, unheard
+from seqkern.nn._modules import activation_name, has_own_forward, leaf_of_fx, unheard
 from seqkern.nn._whole import Hidden, Memory, in_few_calls
 from seqkern.nn.attention import MultiheadAttention
 from seqkern.nn.cache import KVCache
@@ -200,7 +200,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 def _why_no_step(layer: nn.Module, known: type[nn.Module], attentions: Mapping[str, nn.Module]) -> str:
     """Why a layer's `step` would not compute what its forward computes; empty if it does."""
     for name in ("forward", "_sa_block", "_mha_block"):
-        if name in vars(layer) or getattr(type(layer), name, None) is not getattr(known, name, None):
+        own = has_own_forward(layer) if name == "forward" else name in vars(layer)
+        if own or getattr(type(layer), name, None) is not getattr(known, name, None):
             return f"has its own {name}"
     for name, part in attentions.items():
         if not isinstance(part, MultiheadAttention):
@@ -240,14 +241,14 @@ class TransformerEncoder(nn.TransformerEncoder):
         )
         if may_pack and not self.layers[0].training and not _surroundings.in_transform():
             return super().forward(src, mask, src_key_padding_mask, is_causal)
-        causal = _masks.told_causal(mask, is_causal)
+        causal = _masks.told_causal(mask, is_causal, src, self.layers)
         output = src
         for layer in self.layers:
             output = layer(output, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
         return output if self.norm is None else self.norm(output)
 
     def _is_itself(self) -> bool:
-        return type(self).forward is TransformerEncoder.forward and "forward" not in vars(self)
+        return type(self).forward is TransformerEncoder.forward and not has_own_forward(self)
 
     def step(self, src: Tensor, cache: KVCache, *, src_key_padding_mask: Tensor | None = None) -> Tensor:
         """The next positions of sequences whose earlier ones are in the cache, each seeing itself and those before.
@@ -349,12 +350,12 @@ class TransformerDecoder(nn.TransformerDecoder):
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        causal = _masks.told_causal(tgt_mask, tgt_is_causal)
+        causal = _masks.told_causal(tgt_mask, tgt_is_causal, tgt, self.layers)
         masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         return super().forward(tgt, memory, *masks, causal, memory_is_causal)
 
     def _is_itself(self) -> bool:
-        return type(self).forward is TransformerDecoder.forward and "forward" not in vars(self)
+        return type(self).forward is TransformerDecoder.forward and not has_own_forward(self)
 
     def step(
         self,

@@ -239,7 +239,7 @@ def _torch_avoids(call: Call) -> str | None:
 
 @known_constant
 def _is_hopper(index: int) -> bool:
-    return torch.cuda.get_device_capability(index)[0] == 9
+    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9
 
 
 def _triton_avoids(call: Call) -> str | None:
@@ -266,8 +266,10 @@ def _unready() -> str:
         return "Triton needs a C compiler for its launchers, and there is no gcc and no clang"
     try:
         import_module("seqkern.kernels.rnn")
+        # Compiles the helper that every launch needs: it takes Python.h, libcuda and a cache that can be written.
+        import_module("triton.runtime").driver.active.get_current_target()
     except Exception as e:  # whatever a Triton that was not made for this machine raises
-        return f"Triton cannot be imported ({type(e).__name__}: {e})"
+        return f"Triton does not work here ({type(e).__name__}: {e})"
     return ""
 
 

@@ -1,6 +1,7 @@
 """What a call is made in: a gradient to come, a transform, a trace, a compiler, an export."""
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TypeVar
@@ -9,6 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+# Sizes are Python numbers to us, as to torch's own modules, whose warnings torch hides so too: traces hold for other
+# sizes.
+_warning = torch.jit.TracerWarning  # type: ignore[attr-defined]
+warnings.filterwarnings("ignore", category=_warning, module=r"seqkern\.")
 
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable)

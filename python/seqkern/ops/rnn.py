@@ -152,8 +152,6 @@ def _forward_setup(ctx, inputs, output):
     out, _, c_n, reserve = output
     ctx.mark_non_differentiable(reserve)
     ctx.set_materialize_grads(False)
-    if not any(ctx.needs_input_grad[4 : len(TENSORS)]):  # frozen: of torch's layers nobody would read these
-        tensors[0], tensors[2] = tensors[0].clone(), tensors[2].clone()
     # A copy: what follows may write into the output, as ReLU(inplace=True) does, and torch's layers let it.
     keep(ctx, out.clone(), reserve, *tensors)
     ctx.cell, ctx.save = cell, save

@@ -262,8 +262,8 @@ def attention(*arguments) -> tuple[Tensor, Tensor, Tensor | None]:
     device = t.query.device
     if t.cu_seqlens_q is None:
         return _dense(t, o, torch.arange(t.query.shape[0], device=device))
-    outputs, lses = [t.query.new_empty((0, t.query.shape[1], t.value.shape[2]))], []
-    lses.append(_wide(t.query.new_empty((t.query.shape[1], 0))))
+    nothing = t.query[:0].sum(-1)  # made of the query, so that it has a gradient where there is no sequence
+    outputs, lses = [nothing.unsqueeze(-1).expand(-1, -1, t.value.shape[2])], [_wide(nothing).T]
     for b, (queries, keys) in enumerate(_sequences(t)):
         output, lse, _ = _dense(_one(t, b, queries, keys), o, torch.full((1,), b, device=device))
         outputs.append(_packed(output))

@@ -1,8 +1,8 @@
-#include "kernels.h"
+#include "scan_call.h"
 
 #if defined(__x86_64__)
 #include "arch_avx512bf16.h"
-#include "isa.h"
+#include "scan.h"
 
 const seqkern::KernelTable* seqkern::isa_avx512bf16_table() {
     static const KernelTable table = isa_avx512bf16::over(*isa_avx512_table());

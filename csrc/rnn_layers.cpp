@@ -65,7 +65,7 @@ class Stack {
                 if (biased()) at.b_ih = data_of(w[2]), at.b_hh = data_of(w[3]);
                 if (projected()) at.w_hr = data_of(w[kinds_ - 1]);
             }
-            forward(call);
+            scan_forward(call);
             from = to;  // which the next layer reads
             call.input = call.output, call.I = width;
             call.input_b = width, call.input_t = call.B * width;

@@ -158,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_forward(Tensor input, Maybe batch
         call.h_n = args.step ? nullptr : h_n.mutable_data_ptr();
         call.c_n = cx ? c_n.mutable_data_ptr() : nullptr;
         call.reserve = reserve.numel() ? reserve.mutable_data_ptr() : nullptr;
-        seqkern::forward(call);
+        seqkern::scan_forward(call);
     }
     return {output, h_n, c_n, reserve};
 }
@@ -187,7 +187,7 @@ std::tuple<Maybe, Maybe> rnn_step(Tensor input, Tensor hx, Maybe cx, Tensor w_ih
     Maybe c_n;
     call.output = output.mutable_data_ptr();
     if (cx) call.c_n = c_n.emplace(empty(input, args.output_sizes())).mutable_data_ptr();
-    if (call.N > 0) seqkern::forward(call);
+    if (call.N > 0) seqkern::scan_forward(call);
     return {output, c_n};
 }
 
@@ -232,7 +232,7 @@ Gradients rnn_backward(Tensor grad_output, Tensor grad_h_n, Tensor grad_c_n, Ten
         to.w_ih = wanted(0), to.w_hh = wanted(1), to.b_ih = wanted(2), to.b_hh = wanted(3),
         to.w_hr = wanted(4);
     }
-    if (some) seqkern::backward(call);
+    if (some) seqkern::scan_backward(call);
     return std::apply([](auto&... t) { return std::make_tuple(t...); }, found);
 }
 
