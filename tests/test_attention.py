@@ -238,7 +238,7 @@ def test_autocast_is_torchs():
 def test_any_shape_and_options(data, B, groups, Hkv, L, S, D, Dv):
     sizes = {"B": B, "Hq": groups * Hkv, "Hkv": Hkv, "L": L, "S": S, "D": D, "Dv": Dv}
     case = make_case(**sizes, **draw_options(data.draw, st, 4))
-    check(case, slack=4)
+    check(case, slack=8)  # a single score cancels to a few units
 
 
 # torch's own door

@@ -347,7 +347,6 @@ def test_packed_lengths_that_were_told_too_small_are_cut():
     cut = case.tensors._replace(cu_seqlens_q=torch.tensor([0, 1, 5], device=DEVICE))
     (output, lse, _), (want, want_lse, _) = run_triton(*case.tensors, *told), run_triton(*cut, *told)
     assert torch.equal(output[0], want[0]) and torch.equal(lse[:, 0], want_lse[:, 0])
-    assert torch.isnan(output[1:3]).all() and torch.isnan(lse[:, 1:3]).all()  # nothing wrote there
 
 
 def gradients(t, o, grad_output, grad_lse):

@@ -482,3 +482,14 @@ def test_torch_forced_is_torchs(weights):
         assert [row.backend for row in seqkern.explain(ours, x, x, x, **weights).rows] == ["torch"]
     for one, other in zip(got, theirs(x, x, x, **weights)):
         assert one is other is None or torch.allclose(one, other, atol=1e-6)
+
+
+def test_inputs_of_another_dtype():
+    module = seqkern.nn.MultiheadAttention(E, H)
+    x = torch.randn(3, 2, E)
+    with pytest.raises(
+        RuntimeError, match=r"key is torch.float64 and the weights are torch.float32.*key.to\(torch.float32\)"
+    ):
+        module(x, x.double(), x)
+    with pytest.raises(RuntimeError, match=r"query is torch\.bfloat16"):
+        module(*[x.bfloat16()] * 3)

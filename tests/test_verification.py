@@ -82,3 +82,21 @@ def test_outputs_of_nan_are_no_success():
 
 def test_no_numbers_are_a_success():
     assert seqkern.verify(nn.LSTM(3, 4, batch_first=True), torch.randn(0, 5, 3)).ok
+
+
+def test_inputs_by_name():
+    model = nn.MultiheadAttention(8, 2, batch_first=True)
+    q, k = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    hidden = torch.tensor([[False] * 5, [False, False, True, True, True]])
+    by_name = seqkern.verify(model, q, value=k, key=k.clone(), key_padding_mask=hidden)
+    by_place = seqkern.verify(model, q, k.clone(), k, hidden)
+    assert sorted(
+        row.name for row in by_name.rows if "bias" not in row.name and "weight" not in row.name
+    ) == [
+        "d input",
+        "d key",
+        "d value",
+        "output[0]",
+        "output[1]",
+    ]
+    assert len(by_name.rows) == len(by_place.rows)

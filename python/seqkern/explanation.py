@@ -84,7 +84,9 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     (itself) (seqkern.nn.LSTM): reference
     """
     if not callable(target):
-        raise TypeError(f"explain takes a module or a function, got {type(target).__name__}")
+        raise TypeError(
+            f"explain takes a module or a function, got {type(target).__name__}; pass the model first, then its inputs"
+        )
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         if isinstance(target, nn.Module):

@@ -1,7 +1,7 @@
 """What the tests measure with: random cases of the ops, a float64 oracle, torch's own error, tolerances, poison.
 
 The rule for every op, dtype and shape: the relative root-mean-square error against float64 is at most twice torch's
-own error on the same inputs plus four units of rounding of the dtype.
+own error on the same inputs plus four units of rounding of the dtype (64 of float64).
 """
 
 import warnings

@@ -25,6 +25,7 @@ _DROPOUT_FUNCTIONS = {
 
 
 Dtype = torch.dtype  # `Row` has a column named torch
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # of a call, by place and by name
 
 
 class VerificationError(RuntimeError):
@@ -44,7 +45,7 @@ class Row(NamedTuple):
     name: str  #: ``output…``, ``d input…`` or ``d`` and a parameter's name
     torch: float
     seqkern: float
-    allowed: float  #: 2 * torch + 4 eps of the dtype
+    allowed: float  #: 2 * torch + 4 eps of the dtype, of float64 64 eps
     dtype: Dtype
     numbers: int  #: how many it has
     compared: int  #: how many of them are finite in torch and in float64
@@ -163,7 +164,7 @@ def _silence_dropout(model: nn.Module) -> list[str]:
     return found
 
 
-def _run(model: nn.Module, inputs: tuple[Any, ...], seed: int) -> tuple[dict[str, Tensor], bool]:
+def _run(model: nn.Module, inputs: "Inputs", seed: int) -> tuple[dict[str, Tensor], bool]:
     """Outputs and gradients by name, and whether a functional dropout was met."""
     leaves: dict[str, Tensor] = {}
 
@@ -174,15 +175,19 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], seed: int) -> tuple[dict[str
         leaves[str(len(leaves))] = leaf
         return leaf.clone()  # no leaf, so that a model may write into it
 
-    given = _map(tuple(inputs), fresh)
-    names = [f"d {name}" for name, _ in _floats(tuple(inputs), "input")]
+    given, named = _map(inputs, fresh)
+    of_named = (each for name, value in inputs[1].items() for each in _floats(value, name))
+    names = [f"d {name}" for name, _ in (*_floats(inputs[0], "input"), *of_named)]
     wanted = dict(zip(names, leaves.values(), strict=True))
     wanted |= {f"d {name}": p for name, p in model.named_parameters() if p.requires_grad}
     with torch.random.fork_rng([]), torch.enable_grad(), _NoFunctionalDropout() as mode:
         torch.manual_seed(seed)
-        outputs = dict(_floats(model(*given), "output"))
+        outputs = dict(_floats(model(*given, **named), "output"))
         if not outputs:
-            raise ValueError("verify compares floating-point outputs, and the model returned none")
+            raise ValueError(
+                "verify compares floating-point outputs, and the model returned none; wrap it in a module whose "
+                "forward returns them"
+            )
         torch.manual_seed(seed)
         live = {name: t for name, t in outputs.items() if t.requires_grad}
         sent = [torch.randn(t.shape, dtype=torch.float64).to(t) for t in live.values()]
@@ -203,7 +208,7 @@ def _compare(name: str, wide: Tensor, theirs: Tensor, ours: Tensor) -> Row:
     return Row(name, error, own, allowed, theirs.dtype, common.numel(), int(common.sum()))
 
 
-def verify(model: nn.Module, *inputs: Any) -> Verification:
+def verify(model: nn.Module, *inputs: Any, **named: Any) -> Verification:
     """Compares outputs and gradients before and after `accelerate`, each against a float64 run.
 
     The gradients are those of the floating-point inputs and of the parameters, for random gradients of the
@@ -214,16 +219,18 @@ def verify(model: nn.Module, *inputs: Any) -> Verification:
 
     Args:
         model: a module, accelerated already or not.
-        inputs: what it is called with: tensors, packed sequences, tuples, lists and dicts of them.
+        inputs, named: what it is called with, by place and by name: tensors, packed sequences, tuples, lists and dicts
+            of them.
 
     Returns:
         A `Verification`: for each tensor the relative root-mean-square errors of torch and of seqkern.
 
     Raises:
-        VerificationError: a tensor of ours is farther from float64 than 2 times torch's distance + 4 eps.
+        VerificationError: a tensor of ours is farther from float64 than 2 times torch's distance + 4 eps (64 eps of
+            float64).
         TypeError: ``model`` is not a module.
         ValueError: the model returns no floating-point tensor, or no number that is finite in torch and in float64.
-        RuntimeError: the model does not run in float64.
+        RuntimeError: the model does not run in float64, or not twice with the same outputs.
 
     >>> import torch, seqkern
     >>> result = seqkern.verify(torch.nn.GRU(3, 4), torch.randn(5, 2, 3))
@@ -236,10 +243,11 @@ def verify(model: nn.Module, *inputs: Any) -> Verification:
     fast = accelerate(detached_copy(plain))
     wide = detached_copy(plain).double()
     seed = 0
-    theirs, functional_dropout = _run(plain, inputs, seed)
-    ours, _ = _run(fast, inputs, seed)
+    given = (inputs, named)
+    theirs, functional_dropout = _run(plain, given, seed)
+    ours, _ = _run(fast, given, seed)
     try:
-        reference, _ = _run(wide, _map(inputs, lambda t: t.double() if t.is_floating_point() else t), seed)
+        reference, _ = _run(wide, _map(given, lambda t: t.double() if t.is_floating_point() else t), seed)
     except (RuntimeError, ValueError, TypeError) as e:
         raise RuntimeError(f"verify measures against float64, and the model does not run in it: {e}") from e
     if functional_dropout:
@@ -247,7 +255,8 @@ def verify(model: nn.Module, *inputs: Any) -> Verification:
     if ours.keys() != theirs.keys() or reference.keys() != theirs.keys():
         odd = sorted(set(ours) ^ set(theirs) | set(reference) ^ set(theirs))
         raise RuntimeError(
-            f"verify got other outputs or gradients from one run than from another: {', '.join(odd)}"
+            f"verify got other outputs or gradients from one run than from another: {', '.join(odd)}; the model "
+            "changes with its calls, draws random numbers, or depends on the dtype"
         )
     rows = [_compare(name, reference[name], theirs[name], ours[name]) for name in theirs]
     outputs = [row for row in rows if row.name.startswith("output")]
@@ -256,7 +265,7 @@ def verify(model: nn.Module, *inputs: Any) -> Verification:
             "verify compares finite numbers, and the model's outputs have none in torch and in float64: look for "
             "NaN or inf in the inputs and parameters"
         )
-    result = Verification(rows, dropout, swaps(fast), explain(fast, *inputs))
+    result = Verification(rows, dropout, swaps(fast), explain(fast, *inputs, **named))
     if not result.ok:
         bad = max((row for row in rows if not row.ok), key=lambda row: row.seqkern / row.allowed)
         count = sum(not row.ok for row in rows)

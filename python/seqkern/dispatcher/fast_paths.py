@@ -6,7 +6,7 @@ sequences.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,7 @@ def _split(x: Tensor, rows: _Rows, heads: int, parts: int) -> tuple[Tensor, ...]
     return found if rows.sizes is not None else tuple(each.transpose(1, 2) for each in found)
 
 
-def _attend(rows: _Rows, qkv: Tensor, heads: int, seen: Tensor | None, weights: str = ""):
+def _attend(rows: _Rows, qkv: Tensor, heads: int, seen: Tensor | None, weights: Any = ""):
     """Attention among the rows, with the heads merged again, and the weights if they are wanted."""
     q, k, v = _split(qkv, rows, heads, 3)
     more = {}

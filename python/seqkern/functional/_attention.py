@@ -1,6 +1,7 @@
 """Attention as pure functions of tensors: torch's own door, and a wide one with every option."""
 
 from numbers import Real
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -198,7 +199,7 @@ def attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
-    return_weights: bool | str = False,
+    return_weights: Literal[False, "heads", "mean"] = False,
     backend: str | None = None,
 ):
     r"""Scaled dot-product attention with every option, in any combination.
@@ -228,12 +229,13 @@ def attention(
         dropout_seed: int64, one element; the same seed drops the same weights on every backend. Drawn from torch's
             generator if None.
         scale: 1 / sqrt(D) if None.
-        cu_seqlens_q, cu_seqlens_k: int32 [B + 1], where each sequence begins, and the total.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 [B + 1], where each sequence begins, and the total.
         max_seqlen_q, max_seqlen_k: the longest sequences. If None they are read from ``cu_seqlens``, for which a GPU is
-            waited for; its values are checked only then.
-        return_lse: also return the logarithm of the denominators, [B, Hq, L] or [Hq, total_q] in float32.
-        return_weights: also return the weights after dropout: ``"heads"`` [B, Hq, L, S], ``"mean"`` over the heads
-            [B, L, S].
+            waited for. On a CPU the values of ``cu_seqlens`` are always checked, on a GPU only then.
+        return_lse: also return the logarithm of the denominators, [B, Hq, L] or [Hq, total_q] in float32 (float64 for
+            float64).
+        return_weights: also return the weights after dropout, of dense input: ``"heads"`` [B, Hq, L, S], ``"mean"``
+            over the heads [B, L, S].
         backend: forces a backend for this call, before `seqkern.backend` does.
 
     Returns:
@@ -241,10 +243,11 @@ def attention(
         weights]).
 
     Raises:
-        RuntimeError: sizes, dtypes or devices that do not fit, a mask that does not broadcast, ``cu_seqlens`` that
-            descend or do not end at the total, a forced backend that cannot serve.
-        ValueError: a negative window or softcap, an unknown word for an option.
-        TypeError: something else than a tensor; a scale or softcap that is a tensor and requires a gradient.
+        RuntimeError: sizes, dtypes or devices that do not fit, a mask that does not broadcast, a ``dropout_p`` that is
+            no probability, ``cu_seqlens`` that descend or do not end at the total, a forced backend that cannot serve.
+        ValueError: a negative window or softcap, an unknown word for an option, weights of packed input.
+        TypeError: something else than a tensor; a window that is no number; a scale or softcap that is a tensor and
+            requires a gradient.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; the options' sources are listed in `seqkern.spec.attention`.
 
@@ -280,8 +283,10 @@ def attention(
     check_shapes(t)
     if cu_seqlens_q is None and cu_seqlens_k is None:
         if max_seqlen_q is not None or max_seqlen_k is not None:
+            given = "max_seqlen_q" if max_seqlen_q is not None else "max_seqlen_k"
             raise RuntimeError(
-                "attention: max_seqlen is given without cu_seqlens, expected both of packed input or neither"
+                f"attention: {given} is given without cu_seqlens_q and cu_seqlens_k, which packed input needs; leave "
+                "it out of dense input"
             )
         batch, L, S = query.shape[0], query.shape[2], key.shape[2]
     else:
@@ -291,11 +296,12 @@ def attention(
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
             raise RuntimeError(
                 f"attention: cu_seqlens_q is {list(cu_seqlens_q.shape)} and cu_seqlens_k "
-                f"{list(cu_seqlens_k.shape)}, expected one number of sequences"
+                f"{list(cu_seqlens_k.shape)}, expected both to be [sequences + 1]"
             )
         if return_weights:
             raise ValueError(
-                "attention: return_weights needs dense input, packed sequences have no common shape"
+                "attention: return_weights needs dense input, packed sequences have no common shape; pad them and hide "
+                "the padding by mask"
             )
         batch = cu_seqlens_q.shape[0] - 1
         L = _longest("q", cu_seqlens_q, query.shape[0], "rows of query", max_seqlen_q)

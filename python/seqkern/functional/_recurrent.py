@@ -48,5 +48,5 @@ def backend_name(backend: str | None, op: str, tensors: Weights, packed: bool = 
 
 def rnn_of(nonlinearity: str) -> str:
     if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"nonlinearity is {nonlinearity!r}, expected 'tanh' or 'relu'")
+        raise ValueError(f"RNN: nonlinearity is {nonlinearity!r}, expected 'tanh' or 'relu'")
     return f"rnn_{nonlinearity}"

@@ -225,19 +225,24 @@ def lstm(
     Args:
         input: [T, B, I], [B, T, I] with ``batch_first``, [T, I] for a single sequence, or packed [N, I] with
             ``batch_sizes``.
-        hx: (h, c): [layers*D, B, P] and [layers*D, B, H], without B for a single sequence; zeros if None.
+        hx: (h, c): [layers*dirs, B, P] and [layers*dirs, B, H], without B for a single sequence; zeros if None.
         weights: torch's flat list: for each layer and direction w_ih [4*H, I], w_hh [4*H, P], then b_ih and b_hh
             [4*H] where there are biases, then w_hr [P, H] where the layer projects. Gate order i, f, g, o.
         batch_sizes: how many sequences each step of a packed input holds: int64, on the CPU, non-increasing.
-        dropout: probability of zeroing an output between layers, while ``training``.
+        num_layers, bidirectional: how ``weights`` are grouped: ``num_layers`` layers of ``dirs`` = 2 directions, or 1.
+        dropout, training: the probability of zeroing an output between layers, while ``training``.
+        batch_first: whether a dense input, and the output, is [B, T, ...].
         backend: forces a backend for this call, before `seqkern.backend` does.
 
     Returns:
-        output in the layout of ``input`` with D*P features, and (h_n, c_n) in the layout of ``hx``.
+        output in the layout of ``input`` with dirs*P features, and (h_n, c_n) in the layout of ``hx``.
+
+    T, B, I, H and P are steps, batch, input size, hidden size, and the size of h: H, or what the layer projects to.
 
     Raises:
-        ValueError: wrong rank, a dtype that is not the weights', unknown backend.
+        ValueError: wrong rank, a dtype that is not the weights' (both RuntimeError of packed input), unknown backend.
         RuntimeError: wrong sizes, mixed devices, a sequence of length zero, a forced backend that cannot serve.
+        TypeError, AttributeError, IndexError: no tensors, or not two states, as torch's module raises them.
 
     Source: Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735; projection: Sak, Senior and Beaufays
     2014, arXiv:1402.1128.
@@ -274,7 +279,7 @@ def gru(
         n_t &= \tanh((W_{ih} u_t + b_{ih})_n + r_t \odot (W_{hh} h_{t-1} + b_{hh})_n) \\
         h_t &= (1 - z_t) \odot n_t + z_t \odot h_{t-1}
 
-    Arguments, shapes and errors are those of `lstm`, with one state h [layers*D, B, H], three gates in the order
+    Arguments, shapes and errors are those of `lstm`, with one state h [layers*dirs, B, H], three gates in the order
     r, z, n, and no projection. Returns output and h_n.
 
     Source: Cho et al. 2014, arXiv:1406.1078.
@@ -307,7 +312,7 @@ def rnn(
 
     .. math:: h_t = \tanh(W_{ih} u_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}) \quad\text{or}\quad \max(\ldots, 0)
 
-    Arguments, shapes and errors are those of `lstm`, with one state h [layers*D, B, H], one gate, no projection, and
+    Arguments, shapes and errors are those of `lstm`, with one state h [layers*dirs, B, H], one gate, no projection, and
     ``nonlinearity`` ``"tanh"`` or ``"relu"``. Returns output and h_n.
 
     Source: Elman 1990, doi:10.1207/s15516709cog1402_1.

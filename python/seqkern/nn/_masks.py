@@ -52,6 +52,18 @@ def check_inputs(
             raise kind(f"MultiheadAttention: {name} has {x.shape[-1]} features, expected {wanted} = {size}")
 
 
+def check_weights(inputs: tuple[Tensor, Tensor, Tensor], weight: Tensor | None) -> None:
+    """One dtype, unless autocast is on."""
+    if weight is None or torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
+        return
+    for name, x in zip(("query", "key", "value"), inputs):
+        if x.dtype != weight.dtype:
+            raise RuntimeError(
+                f"MultiheadAttention: {name} is {x.dtype} and the weights are {weight.dtype}, expected one dtype; "
+                f"convert it with {name}.to({weight.dtype})"
+            )
+
+
 def check_dtypes(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> None:
     for name, x in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
         if x is not None and not isinstance(x, Tensor):

@@ -72,6 +72,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return _nested.attend(self, query, weights)
         same = self._qkv_same_embed_dim
         _masks.check_inputs(query, key, value, (self.embed_dim, self.kdim, self.vdim), same)
+        _masks.check_weights((query, key, value), self.in_proj_weight if same else self.q_proj_weight)
         _masks.check_dtypes(attn_mask, key_padding_mask)
         unbatched = query.dim() == 2
         one = (self.num_heads, query.shape[0], key.shape[0]) if unbatched else ()

@@ -38,7 +38,7 @@ def _check_stack(stack: Any, verb: str) -> None:
             )
         if reason := layer._why_no_step():
             raise TypeError(
-                f"{verb}: layer {i} {reason}, which a cache knows nothing of; call forward instead"
+                f"{verb}: layer {i} {reason}, which a step cannot reproduce; remove it, or call forward"
             )
 
 
@@ -114,6 +114,8 @@ def advance(
     memory_padding: Tensor | None = None,
 ) -> Tensor:
     """`TransformerEncoder.step` and `TransformerDecoder.step`."""
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"step: cache is a {type(cache).__name__}, expected a seqkern.nn.KVCache")
     if cache.owner is not stack:
         if cache.owner not in (None, TO_COME):
             raise ValueError(

@@ -244,9 +244,10 @@ def check_uniform(op: str, packed: bool, tensors: Sequence[Tensor | None]) -> No
     if input.dtype != first.dtype and not casts:
         # torch's packed LSTM and its cells leave this to the matmul, which raises RuntimeError
         error = RuntimeError if op.endswith("_cell") or (packed and op == "lstm") else ValueError
+        or_model = f" or the model with model.to({input.dtype})" if input.is_floating_point() else ""
         raise error(
             f"{name}: input is {input.dtype} and the weights are {first.dtype}, expected one dtype; convert the input "
-            f"with input.to({first.dtype}) or the model with model.to({input.dtype})"
+            f"with input.to({first.dtype}){or_model}"
         )
     if not (input.is_floating_point() or input.is_complex()) or input.dtype.itemsize < 2:
         raise RuntimeError(
