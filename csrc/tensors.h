@@ -26,6 +26,10 @@ inline bool serves(ScalarType dtype) {
            dtype == ScalarType::Half;
 }
 
+inline unsigned long bytes_of(ScalarType dtype) {
+    return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
 inline Cell cell_named(const std::string& name) {
     if (name == "lstm") return Cell::lstm;
     if (name == "gru") return Cell::gru;
@@ -102,7 +106,11 @@ inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes&
                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(wanted)),
                                  aoti_torch_device_type_cpu(), 0, &made) != AOTI_TORCH_SUCCESS)
         no_memory("a tensor of sizes " + written(sizes));  // torch keeps its own words to itself here
-    return Tensor(made);
+    Tensor found(made);
+    unsigned long bytes = bytes_of(wanted);
+    for (int64_t size : sizes) bytes *= static_cast<unsigned long>(size);
+    if (bytes >= WORTH_HUGE_PAGES) prefer_huge_pages(found.mutable_data_ptr(), bytes);
+    return found;
 }
 
 inline Tensor empty(const Tensor& like, const Sizes& sizes, std::optional<ScalarType> dtype = std::nullopt) {

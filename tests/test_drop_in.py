@@ -1,6 +1,7 @@
 """What owners of a model do with it besides calling it, and what they get of torch's modules there."""
 
 import re
+import weakref
 from functools import partial
 
 import pytest
@@ -305,3 +306,33 @@ def test_frozen_layers_keep_no_input(kind, batch_first):
             x.mul_(2)
             found.append(torch.autograd.grad(output.square().sum() + x.sum(), start)[0])
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.built
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_an_lstm_keeps_its_output_and_sees_who_writes_to_it(batch_first):
+    layer = seqkern.nn.LSTM(E, E, 2, batch_first=batch_first)
+    x = torch.randn(B, L, E, requires_grad=True)
+    leaves = (x, *layer.parameters())
+
+    def gradients_of(change):
+        loss = change(layer(x)[0]).square().sum()
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(loss, leaves), first)
+        return first
+
+    want = gradients_of(torch.relu)
+    torch.testing.assert_close(gradients_of(torch.relu_), want)
+    torch.testing.assert_close(gradients_of(lambda y: y[:, :2].mul_(1.0) is None or y.relu_()), want)
+    with torch.autograd.graph.save_on_cpu():  # which must get all that is kept
+        torch.testing.assert_close(gradients_of(torch.relu_), want)
+
+
+@pytest.mark.built
+def test_what_an_lstm_keeps_of_its_output_is_freed():
+    layer, x = seqkern.nn.LSTM(E, E), torch.randn(B, L, E)
+    output, _ = layer(x)
+    kept = weakref.ref(output)
+    output.sum().backward()
+    del output
+    assert kept() is None

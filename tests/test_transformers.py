@@ -575,3 +575,25 @@ def test_code_of_somebodys_own_gets_the_mask_of_eager(compiled):
     x = torch.randn(2, 5, 8)
     run = torch.compile(ours, backend="eager") if compiled else ours
     torch.testing.assert_close(run(x), eager(x))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_static_cache_makes_no_more_graphs_than_with_torchs_attention():
+    """One for the prompt and one for all tokens after it, whatever the number of keys."""
+    from torch._dynamo.utils import counters
+
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    made, tokens = [], []
+    for attention in ("sdpa", "seqkern"):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        counters.clear()
+        model = transformers.LlamaForCausalLM._from_config(config, attn_implementation=attention).eval()
+        model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+        options = {"max_length": 12, "min_length": 12, "do_sample": False, "cache_implementation": "static"}
+        ids = torch.ones(2, 4, dtype=torch.long)
+        tokens.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options))
+        made.append(counters["stats"]["unique_graphs"])
+    assert made[1] <= made[0] and torch.equal(*tokens)

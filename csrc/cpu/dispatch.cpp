@@ -150,6 +150,19 @@ int threads_for(const Layer& c) {
     return static_cast<int>(std::clamp(flop / FLOP_WORTH_A_THREAD, 1.0, most));
 }
 
+}  // namespace
+
+void prefer_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] unsigned long bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr unsigned long PAGE = 4096;
+    const auto from = (reinterpret_cast<unsigned long>(p) + PAGE - 1) / PAGE * PAGE;
+    const auto to = (reinterpret_cast<unsigned long>(p) + bytes) / PAGE * PAGE;
+    madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
+}
+
+namespace {
+
 // New memory costs a fault and a cleared page for every 4 KB of it, as much time as a small call's
 // arithmetic. A thread keeps a few blocks of its own, and one that is larger, as the packed weights of a wide
 // layer, where all threads together have not kept too much.
@@ -194,16 +207,11 @@ class KeptMemory {
     static constexpr unsigned long MOST_KEPT = 8u << 20;    // of a thread, in blocks of up to this size
     static constexpr unsigned long MOST_LARGE = 64u << 20;  // of all threads, in larger ones
     static constexpr int MOST_BLOCKS = 8;
-    // Packed weights of this size are walked through in every step, and more small pages than the processor
-    // remembers addresses of.
-    static constexpr unsigned long HUGE_PAGE = 2u << 20, WORTH_HUGE_PAGES = 2 * HUGE_PAGE;
 
     static void* fresh(unsigned long bytes, [[maybe_unused]] bool huge) {
         void* p = nullptr;
         if (posix_memalign(&p, huge ? HUGE_PAGE : alignof(Block), sizeof(Block) + bytes)) return nullptr;
-#ifdef MADV_HUGEPAGE
-        if (huge) madvise(p, sizeof(Block) + bytes, MADV_HUGEPAGE);  // a wish: without it pages are small
-#endif
+        if (huge) prefer_huge_pages(p, sizeof(Block) + bytes);
         return new (p) Block{bytes} + 1;
     }
 

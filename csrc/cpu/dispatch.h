@@ -16,6 +16,11 @@ std::string cpu_vendor();                                // "amd", "intel" or an
 void force_isa(const std::optional<std::string>& name);  // std::invalid_argument where it is not among them
 const KernelTable& kernels();                            // in use
 
+// Memory of this size is walked through more often than the processor remembers addresses of small pages, and
+// where it is fresh the system clears it page by page.
+constexpr unsigned long HUGE_PAGE = 2u << 20, WORTH_HUGE_PAGES = 2 * HUGE_PAGE;
+void prefer_huge_pages(void* p, unsigned long bytes);  // a wish: without it pages are small
+
 int max_threads();  // of a call from this thread
 
 [[noreturn]] void no_memory(

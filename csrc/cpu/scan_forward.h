@@ -18,6 +18,8 @@ constexpr long FAR_WEIGHTS = SEQKERN_VECTOR_BYTES == 32 ? 2L << 20 : __LONG_MAX_
 // With fewer rows weights are read as they lie. One step reads them once, and packs them for itself alone.
 constexpr long ROWS_WORTH_PACKING = 64;
 constexpr long ROWS_OF_A_STEP_WORTH_PACKING = SEQKERN_VECTOR_BYTES == 64 ? 97 : ROWS_WORTH_PACKING;
+// What a forward saves beyond this is out of the caches before the backward reads it.
+constexpr long RESERVE_PAST_CACHES = SEQKERN_VECTOR_BYTES == 64 ? 16L << 20 : __LONG_MAX__;  // bytes
 constexpr long PANELS_OF_A_ROW = 32;  // 4 to 16 KB of pre-activations
 // With AVX2 a tile of 128 steps spends a tenth of its time on its ends. Rows of a call, and steps of the
 // panels of both weights in 32 KB.
@@ -36,6 +38,7 @@ struct ForwardScan {
     const bool lying_x, lying_h;  // whether weights are read as they lie
     const bool at_once;           // whether one matmul in each step takes inputs and states
     const bool passing;           // whether each panel is packed for one use, of the only step
+    const bool past_caches;       // whether what is saved is stored so
     struct {
         E *w_ih, *w_hh, *w_hr;  // packed; null where they are read as they lie
         A *bias_x, *bias_r;     // [panel][W]; bias_r only where the cell keeps r apart
@@ -50,7 +53,8 @@ struct ForwardScan {
           lying_h(lying_x || (c.B == 1 && !worth_packing(c))),
           at_once(CAN_BE_AT_ONCE && !lying_x && !c.packed && c.B >= ROWS_AT_ONCE &&
                   c.I + c.P <= DEPTH_AT_ONCE),
-          passing(c.T == 1 && !lying_x && !at_once) {
+          passing(c.T == 1 && !lying_x && !at_once),
+          past_caches(goes_past_caches(c)) {
         long panels = s.blocks_h * Sh::PANELS;
         for (int i = 0; i < c.D; ++i) {
             const bool projected = c.weights[i].w_hr;
@@ -65,6 +69,13 @@ struct ForwardScan {
             d[i].h_exact = CellT::APART && ROUNDED ? arena.take<A>(c.B * s.ld_h) : nullptr;
             d[i].h_full = projected ? arena.take<E>(c.B * s.ld_h) : nullptr;
         }
+    }
+
+    static bool goes_past_caches(const ForwardCall& c) {
+        constexpr unsigned long LINE = n * sizeof(A);
+        const bool aligned = reinterpret_cast<unsigned long>(c.reserve) % LINE == 0 && c.H % n == 0;
+        const long numbers = c.D * c.N * Sh::RESERVE * c.H;
+        return aligned && numbers * static_cast<long>(sizeof(A)) > RESERVE_PAST_CACHES;
     }
 
     // A single sequence is bound by reading W_hh. With AVX-512 no packing quickens that, except where the
@@ -153,7 +164,8 @@ struct ForwardScan {
         S* output;
         A *exact, *cell, *reserve;  // null where there is none
         long ld_previous, ld_hidden, ld_output, ld_state, ld_reserve;
-        long ahead;  // numbers from a row of reserve to that of the next step, which is asked for
+        long ahead;        // numbers from a row of reserve to that of the next step, which is asked for
+        bool past_caches;  // what is saved is stored so
     };
     Rows rows_of(const Group& g, const E* h_prev, E* h_next, long step) const {
         const long dir = g.direction, b = g.rows_begin, t = time_of(dir, step), row0 = c.row_start[t] + b;
@@ -169,6 +181,7 @@ struct ForwardScan {
         if (CellT::HAS_C) to.cell = at.cell + b * to.ld_state;
         if (Sh::RESERVE && c.reserve)
             to.reserve = static_cast<A*>(c.reserve) + (dir * c.N + row0) * to.ld_reserve;
+        to.past_caches = past_caches;
         if (step + 1 < c.T) to.ahead = (c.row_start[time_of(dir, step + 1)] - c.row_start[t]) * to.ld_reserve;
         return to;
     }
@@ -261,8 +274,13 @@ struct ForwardScan {
             if (to.output) store_n<A>(to.output + unit, h.v[i], left), to.output += to.ld_output;
             if (SAVE && to.reserve) {
                 for (int k = 0; k < Sh::RESERVE; ++k) {
-                    store_n<A>(to.reserve + k * H + unit, reserve[k].v[i], left);
-                    __builtin_prefetch(to.reserve + to.ahead + k * H + unit, 0, 2);
+                    A* p = to.reserve + k * H + unit;
+                    if (to.past_caches) {
+                        store_past_caches(p, reserve[k].v[i]);
+                        continue;
+                    }
+                    store_n<A>(p, reserve[k].v[i], left);
+                    __builtin_prefetch(p + to.ahead, 0, 2);
                 }
                 to.reserve += to.ld_reserve;
             }
@@ -284,6 +302,7 @@ struct ForwardScan {
             Arena arena{static_cast<char*>(scratch.p)};
             run_group(g, lay_out(arena, g), &team.barriers[g.index]);
         }
+        if (past_caches) stores_are_seen();
     }
 
     struct Buffers {

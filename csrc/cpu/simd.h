@@ -87,6 +87,20 @@ SK_INLINE void store(A* p, Vec<A> v) {
     *reinterpret_cast<typename Simd<A>::Unaligned*>(p) = v;
 }
 
+// Stores a vector past the caches, whose line is then neither read before nor kept; p is aligned to a vector.
+// What another thread may read of it needs `stores_are_seen` first.
+#if SEQKERN_VECTOR_BYTES == 64
+SK_INLINE void store_past_caches(float* p, Vec<float> v) { __builtin_ia32_movntps512(p, v); }
+SK_INLINE void store_past_caches(double* p, Vec<double> v) { __builtin_ia32_movntpd512(p, v); }
+SK_INLINE void stores_are_seen() { __builtin_ia32_sfence(); }
+#else
+template <class A>
+SK_INLINE void store_past_caches(A* p, Vec<A> v) {
+    store<A>(p, v);
+}
+SK_INLINE void stores_are_seen() {}
+#endif
+
 // The second of two numbers that do not compare, as a NaN. Compilers make two instructions of the choice
 // written out, or three.
 #if SEQKERN_VECTOR_BYTES == 64

@@ -179,8 +179,8 @@ def make_mask(
             **kwargs,
         )
 
-    # A cache that GPUs decode from in a compiled graph takes plain tensors too.
-    compiled = q_length == 1 and not allow_is_causal_skip and torch.device(device).type != "cpu"
+    # A cache of one size is for compiled graphs, which would be made anew for every number of keys that a mask tells.
+    compiled = q_length == 1 and not allow_is_causal_skip
     if is_tracing(attention_mask) or is_tracing(q_offset) or compiled:
         if config is not None and _take_bool(type(config)):
             return written_out(masking.sdpa_mask)

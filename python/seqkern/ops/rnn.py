@@ -28,6 +28,7 @@ from seqkern import spec
 from seqkern.ops import _gpu
 from seqkern.ops._autograd import keep, register_autograd
 from seqkern.ops._double_backward import through_spec
+from seqkern.ops._surroundings import is_looked_on
 
 TENSORS = [
     *("input", "batch_sizes", "hx", "cx"),
@@ -147,13 +148,28 @@ def _step_fake(input, hx, cx, *_):
     return hx.new_empty(hx.shape), None if cx is None else cx.new_empty(cx.shape)
 
 
+def _may_share(output: Tensor, tensors: Sequence[Tensor | None], cell: str) -> bool:
+    """Whether the output itself is kept, and computed anew for a backward should somebody have written into it: of a
+    layer whose output torch's keeps, so that few do. What is saved must be seen by those who ask for it (offloading,
+    checkpoints), as this is not."""
+    if cell != "lstm" or output.dtype is not torch.float32 or not output.is_cpu:
+        return False
+    packed, projected = tensors[1] is not None, tensors[8] is not None
+    if packed or projected or output.is_inference() or is_looked_on():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # type: ignore[attr-defined]
+
+
 def _forward_setup(ctx, inputs, output):
     *tensors, cell, save = inputs
     out, _, c_n, reserve = output
     ctx.mark_non_differentiable(reserve)
     ctx.set_materialize_grads(False)
-    # A copy: what follows may write into the output, as ReLU(inplace=True) does, and torch's layers let it.
-    keep(ctx, out.clone(), reserve, *tensors)
+    # What follows may write into the output, as ReLU(inplace=True) does, and torch's layers let it.
+    ctx.is_shared = _may_share(out, tensors, cell)
+    if ctx.is_shared:
+        ctx.shared = (out.detach(), out._version)
+    keep(ctx, None if ctx.is_shared else out.clone(), reserve, *tensors)
     ctx.cell, ctx.save = cell, save
     ctx.h_n_shape = output[1].shape
     ctx.c_n_shape = c_n.shape
@@ -164,9 +180,16 @@ def _forward_backward(ctx, grad_output, grad_h_n, grad_c_n, _):
     if grad_output is None and grad_h_n is None and grad_c_n is None:
         return (*none, None, None)
     output, reserve, *tensors = ctx.saved_tensors
-    if not ctx.save:  # a graph made without gradients, through which one goes now
+    written = False
+    if ctx.is_shared and torch.compiler.is_compiling():
+        written = True  # or may be: a compiler cannot ask
+    elif ctx.is_shared:
+        output, version = ctx.shared
+        written = output._version != version
+    if written or not ctx.save:  # not: a graph made without gradients, through which one goes now
         with torch.no_grad():
-            reserve = torch.ops.seqkern.rnn_forward(*tensors, ctx.cell, True)[3]
+            made, _, _, reserve = torch.ops.seqkern.rnn_forward(*tensors, ctx.cell, True)
+        output = made if written else output
 
     def zeros(grad, shape):
         return output.new_zeros(()).expand(shape) if grad is None else grad
