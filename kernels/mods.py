@@ -61,8 +61,8 @@ class Packed(NamedTuple):
 
 @triton.jit
 def sequence(b, L, S, packed):
-    """Where sequence b begins among the queries and the keys, and its lengths: at most L and S, by which the memory that
-    kernels share is sized and which a caller may have told too small."""
+    """Where sequence b begins among the queries and the keys, and its lengths: at most L and S, by which the memory
+    that kernels share is sized and which a caller may have told too small."""
     begin_q, begin_k = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
     if packed is not None:
         begin_q = tl.load(packed.p_q + b).to(tl.int64)

@@ -15,7 +15,6 @@ from seqkern.kernels.tuning_attention import is_decode
 from seqkern.kernels.tuning_cache import force
 from seqkern.kernels.tuning_hopper import readable, takes
 
-
 # Modules of the kernels written for Hopper that this Triton cannot read or compile: they need Gluon, which is
 # experimental and changes with Triton's versions.
 _unfit: set[str] = set()

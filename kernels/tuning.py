@@ -207,7 +207,9 @@ def choose(arch: int, p: Problem) -> Config | None:
     if found is not None:
         config = Config(*found)
         same = (power(p.H, 16), power(p.P, 16)) == (config.BLOCK_H, config.BLOCK_K)
-        if not whole or (same and shared_bytes(p, config) <= limits(arch).shared):  # of another GPU beside this one
+        if not whole or (
+            same and shared_bytes(p, config) <= limits(arch).shared
+        ):  # of another GPU beside this one
             return config
     candidates = (sequence_candidates if whole else step_candidates)(arch, p)
     return candidates[0] if candidates else None
