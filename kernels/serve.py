@@ -25,7 +25,7 @@ def _give_up(name: str, error: Exception) -> None:
         _unfit.add(name)
         said = (str(error).strip().splitlines() or [""])[-1]
         warnings.warn(
-            f"Triton {triton.__version__} lacks what the attention kernels for Hopper need ({type(error).__name__}: "
+            f"Triton {triton.__version__} could not launch the attention kernels for Hopper ({type(error).__name__}: "
             f"{said}): the portable ones run instead, which take up to twice the time",
             RuntimeWarning,
             stacklevel=3,
@@ -53,7 +53,7 @@ def run_or(portable: Callable[..., None], special: Callable[..., None] | None, n
     if special is not None:
         try:
             return special(*arguments)
-        except (triton.TritonError, AttributeError) as e:  # before anything was written
+        except (triton.TritonError, AttributeError) as e:  # all results are written again
             _give_up(name, e)
     return portable(*arguments)
 

@@ -137,6 +137,13 @@ def test_what_inference_mode_filled_goes_on_outside_of_it(kind):
         assert torch.equal(got, want)
 
 
+def test_a_length_of_another_library():
+    stack, cache = small()
+    stack.step(torch.randn(2, 3, E), cache)
+    cache.truncate(torch.tensor(2))
+    assert cache.length == 2
+
+
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [

@@ -329,10 +329,30 @@ def test_an_lstm_keeps_its_output_and_sees_who_writes_to_it(batch_first):
 
 
 @pytest.mark.built
-def test_what_an_lstm_keeps_of_its_output_is_freed():
+def test_what_an_lstm_keeps_of_its_output_is_freed_with_what_is_saved():
     layer, x = seqkern.nn.LSTM(E, E), torch.randn(B, L, E)
     output, _ = layer(x)
     kept = weakref.ref(output)
-    output.sum().backward()
+    loss = output.sum()
+    node = loss.grad_fn.next_functions[0][0]
     del output
-    assert kept() is None
+    assert kept() is None and node.shared is not None
+    loss.backward(retain_graph=True)
+    assert node.shared is not None
+    loss.backward()
+    assert node.shared is None
+
+
+@pytest.mark.parametrize("options", [{"bidirectional": True}, {"proj_size": 3}], ids=str)
+def test_what_nobody_counts_does_not_reach_what_a_copy_is_kept_of(options):
+    """torch's output of these is no tensor that its backward reads."""
+    layer, found = nn.LSTM(E, E, **options), []
+    x = torch.randn(B, L, E)
+    for accelerated in (False, True):
+        layer = seqkern.accelerate(layer) if accelerated else layer
+        with seqkern.backend("cpu" if accelerated and _hardware.CPU_READY else None):
+            output, _ = layer(x)
+            loss = output.sum()
+            output.data.mul_(0)
+            found.append(torch.autograd.grad(loss, tuple(layer.parameters())))
+    torch.testing.assert_close(found[1], found[0])

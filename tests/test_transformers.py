@@ -597,3 +597,23 @@ def test_a_compiled_static_cache_makes_no_more_graphs_than_with_torchs_attention
         tokens.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options))
         made.append(counters["stats"]["unique_graphs"])
     assert made[1] <= made[0] and torch.equal(*tokens)
+
+
+def test_a_static_cache_is_read_as_far_as_it_is_filled(monkeypatch):
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="seqkern").eval()
+    read, attention = [], door.functional.attention
+
+    def noting(query, key, *args, **options):
+        read.append(key.shape[2])
+        return attention(query, key, *args, **options)
+
+    ids, padding = torch.ones(2, 4, dtype=torch.long), torch.tensor([[0, 1, 1, 1], [1] * 4])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "attention_mask": padding}
+    want = model.generate(ids, **options)
+    monkeypatch.setattr(door.functional, "attention", noting)
+    cache = transformers.StaticCache(config=config, max_cache_len=64)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), want)
+    assert read == [4, 5, 6, 7]

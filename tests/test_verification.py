@@ -100,3 +100,20 @@ def test_inputs_by_name():
         "output[1]",
     ]
     assert len(by_name.rows) == len(by_place.rows)
+
+
+class Weighted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x, input=None, weight=None):
+        x = x if input is None else x * input
+        return x @ self.weight if weight is None else x @ self.weight * weight
+
+
+def test_inputs_whose_name_something_else_has():
+    x = torch.randn(2, 3)
+    for name in ("input", "weight"):
+        rows = seqkern.verify(Weighted(), x, **{name: torch.randn(3)}).rows
+        assert {row.name for row in rows} == {"output", "d input", f"d input {name}", "d weight"}

@@ -164,7 +164,7 @@ def _silence_dropout(model: nn.Module) -> list[str]:
     return found
 
 
-def _run(model: nn.Module, inputs: "Inputs", seed: int) -> tuple[dict[str, Tensor], bool]:
+def _run(model: nn.Module, inputs: Inputs, seed: int) -> tuple[dict[str, Tensor], bool]:
     """Outputs and gradients by name, and whether a functional dropout was met."""
     leaves: dict[str, Tensor] = {}
 
@@ -176,7 +176,12 @@ def _run(model: nn.Module, inputs: "Inputs", seed: int) -> tuple[dict[str, Tenso
         return leaf.clone()  # no leaf, so that a model may write into it
 
     given, named = _map(inputs, fresh)
-    of_named = (each for name, value in inputs[1].items() for each in _floats(value, name))
+    taken = {"input", *(name for name, _ in model.named_parameters())}
+    of_named = (
+        each
+        for name, value in inputs[1].items()
+        for each in _floats(value, f"input {name}" if name in taken else name)
+    )
     names = [f"d {name}" for name, _ in (*_floats(inputs[0], "input"), *of_named)]
     wanted = dict(zip(names, leaves.values(), strict=True))
     wanted |= {f"d {name}": p for name, p in model.named_parameters() if p.requires_grad}

@@ -179,7 +179,8 @@ def make_mask(
             **kwargs,
         )
 
-    # A cache of one size is for compiled graphs, which would be made anew for every number of keys that a mask tells.
+    # A cache of one size, which is not to skip its mask, is for compiled graphs: they would be made anew for every
+    # number of keys that a mask tells.
     compiled = q_length == 1 and not allow_is_causal_skip
     if is_tracing(attention_mask) or is_tracing(q_offset) or compiled:
         if config is not None and _take_bool(type(config)):

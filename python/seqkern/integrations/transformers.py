@@ -17,6 +17,7 @@ from torch import Tensor
 
 from seqkern import functional
 from seqkern.integrations._transformers_masks import SeenMask, make_mask
+from seqkern.ops import _surroundings
 
 NAME = "seqkern"
 # What sparse attention is told by, and sinks of each token: ignored, they would be wrong numbers.
@@ -51,6 +52,15 @@ def register() -> None:
     _collector = _active_collector
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, make_mask)
+
+
+def _filled(mask: Tensor, keys: int) -> int:
+    """The keys up to the last that a mask of bool shows: most of a static cache is empty. Not asked where a graph is
+    made, nor of a GPU, which would be waited for."""
+    if mask.shape[-1] != keys or not mask.is_cpu or _surroundings.is_looked_on():
+        return keys
+    shown = mask.reshape(-1, keys).any(0).nonzero()
+    return int(shown[-1]) + 1 if len(shown) else keys
 
 
 def _narrow(mask: Tensor) -> Tensor:
@@ -136,6 +146,7 @@ def attention(
     elif attention_mask is not None:
         given = attention_mask.write() if isinstance(attention_mask, SeenMask) else attention_mask
         if given.dtype == torch.bool:
+            keys = _filled(given, S) if L == 1 else S
             mask = _narrow(given)
         else:
             bias = _narrow(given) if bias is None else bias + given
@@ -144,6 +155,7 @@ def attention(
         window = None if sliding_window is None else (sliding_window - 1, None)
     if keys != S:
         key, value = key[:, :, :keys], value[:, :, :keys]
+        mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., :keys]
         bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., :keys]
     found = functional.attention(
         query,

@@ -35,7 +35,8 @@ def has_own_forward(module: nn.Module) -> bool:
     if "forward" not in module.__dict__:
         return False
     found: Any = module.__dict__["forward"]
-    return getattr(found, "__self__", None) is not module or found.__func__ is not type(module).forward
+    of, function = getattr(found, "__self__", None), getattr(found, "__func__", None)
+    return of is not module or function is not type(module).forward
 
 
 def changed(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """KVCache: the keys and values that incremental decoding need not compute again."""
 
 import copy
+import operator
 from contextlib import AbstractContextManager, nullcontext
 from types import NoneType
 from typing import Any
@@ -131,8 +132,12 @@ class KVCache:
 
     def truncate(self, length: int) -> None:
         """Forgets the positions from ``length`` on, such as drafts that were not accepted."""
-        if not isinstance(length, int):
-            raise TypeError(f"KVCache: length is {length!r}, expected a whole number of positions to keep")
+        try:
+            length = operator.index(length)
+        except TypeError:
+            raise TypeError(
+                f"KVCache: length is {length!r}, expected a whole number of positions to keep"
+            ) from None
         if not 0 <= length <= self._length:
             raise ValueError(f"KVCache: truncate to {length}, expected between 0 and the {self._length} held")
         self._length = length

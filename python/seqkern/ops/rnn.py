@@ -154,8 +154,8 @@ def _may_share(output: Tensor, tensors: Sequence[Tensor | None], cell: str) -> b
     checkpoints), as this is not."""
     if cell != "lstm" or output.dtype is not torch.float32 or not output.is_cpu:
         return False
-    packed, projected = tensors[1] is not None, tensors[8] is not None
-    if packed or projected or output.is_inference() or is_looked_on():
+    packed, projected, reverse = (tensors[i] is not None for i in (1, 8, 9))
+    if packed or projected or reverse or output.is_inference() or is_looked_on():
         return False
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # type: ignore[attr-defined]
 
@@ -186,6 +186,8 @@ def _forward_backward(ctx, grad_output, grad_h_n, grad_c_n, _):
     elif ctx.is_shared:
         output, version = ctx.shared
         written = output._version != version
+        if not torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore[attr-defined]
+            ctx.shared = None  # freed as what is saved is
     if written or not ctx.save:  # not: a graph made without gradients, through which one goes now
         with torch.no_grad():
             made, _, _, reserve = torch.ops.seqkern.rnn_forward(*tensors, ctx.cell, True)
