@@ -13,12 +13,6 @@ namespace {
 
 using namespace seqkern;
 
-bool is_floating(const Tensor& t) {
-    const auto dtype = t.scalar_type();
-    return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-           dtype == ScalarType::Half;
-}
-
 // Memory for dense [B, H, rows, size] that lies as [B, rows, H, size].
 Tensor empty_heads(const Tensor& like, const Sizes& sizes, std::optional<ScalarType> dtype = std::nullopt) {
     const int64_t size = std::max<int64_t>(sizes[3], 1), row = std::max<int64_t>(sizes[1], 1) * size;
@@ -131,7 +125,7 @@ class Attention {
     static Tensor in_dtype(const Tensor& t, ScalarType dtype) { return torch::stable::to(t, dtype); }
 
     std::vector<double> numbers(const Tensor& t, const char* name, long rows) {
-        SK_REQUIRE(t.is_cpu() && is_floating(t), name, " must be floating-point numbers on the CPU");
+        SK_REQUIRE(t.is_cpu() && serves(t.scalar_type()), name, " must be floating-point numbers on the CPU");
         SK_REQUIRE(t.numel() == rows * call.Hq, name, " has sizes ", written(t.sizes()), ", expected ", rows,
                    " times ", call.Hq, " numbers");
         const Tensor plain = torch::stable::contiguous(in_dtype(t, ScalarType::Double));
@@ -216,7 +210,7 @@ class Sdpa {
 
     Sdpa(const Tensor& q, const Tensor& k, const Tensor& v) : dtype_(q.scalar_type()) {
         rank_ = q.dim();
-        fits_ = is_floating(q) && rank_ >= 2 && rank_ <= 4;
+        fits_ = serves(q.scalar_type()) && rank_ >= 2 && rank_ <= 4;
         fits_ = fits_ && operand(q, call.q, kept_[0]) && operand(k, call.k, kept_[1]) &&
                 operand(v, call.v, kept_[2]);
         if (!fits_) return;

@@ -38,7 +38,7 @@ class Stack {
         Maybe zero;
         if (!hx) {
             zero = empty(input, {call.D, call.B, std::max(call.P, call.H)});
-            std::memset(zero->mutable_data_ptr(), 0, zero->numel() * bytes());
+            std::memset(zero->mutable_data_ptr(), 0, zero->numel() * bytes_of(scalar_));
         }
         auto state = [&](const Maybe& given, long layer, long size) {
             if (!given) return data_of(*zero);
@@ -74,8 +74,9 @@ class Stack {
     }
 
   private:
-    long bytes() const { return call.dtype == Dtype::f64 ? 8 : call.dtype == Dtype::f32 ? 4 : 2; }
-    long part(long layer, long size) const { return layer * call.D * call.B * size * bytes(); }
+    long part(long layer, long size) const {
+        return layer * call.D * call.B * size * static_cast<long>(bytes_of(scalar_));
+    }
     bool biased() const { return kinds_ >= 4; }
     bool projected() const { return kinds_ % 2; }
 

@@ -207,9 +207,8 @@ def choose(arch: int, p: Problem) -> Config | None:
     if found is not None:
         config = Config(*found)
         same = (power(p.H, 16), power(p.P, 16)) == (config.BLOCK_H, config.BLOCK_K)
-        if not whole or (
-            same and shared_bytes(p, config) <= limits(arch).shared
-        ):  # of another GPU beside this one
+        fits = same and shared_bytes(p, config) <= limits(arch).shared  # not so where it is another GPU's
+        if not whole or fits:
             return config
     candidates = (sequence_candidates if whole else step_candidates)(arch, p)
     return candidates[0] if candidates else None

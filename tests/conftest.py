@@ -96,6 +96,17 @@ def as_it_is_or_cpu(request):
         yield
 
 
+@pytest.fixture(scope="session")
+def transformers_registered():
+    """Twice, which is harmless; quiet, because tiny configurations make transformers warn a lot."""
+    transformers = pytest.importorskip("transformers")
+    from seqkern.integrations.transformers import register
+
+    transformers.utils.logging.set_verbosity_error()
+    register()
+    register()
+
+
 @pytest.fixture
 def fresh_compiler():
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Attention as an op and as functions: backends, errors at the door, compilers and transforms."""
+"""Attention as an op and as functions: backends, errors at the door."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.func import grad, hessian, jacrev, jvp, vmap
+from torch.func import vmap
 
 import seqkern
 from seqkern.functional import attention, scaled_dot_product_attention
@@ -15,9 +15,8 @@ from seqkern.ops import _backend
 from seqkern.ops._attention_backends import CPU_READY
 from seqkern.ops.attention import NEEDS
 from seqkern.spec import attention as spec
-from seqkern.testing_attention import OPTIONS, check, draw_options, make_case
+from seqkern.testing_attention import OPTIONS, PACKED, check, draw_options, keywords, make_case
 
-PACKED = ((2, 3), (0, 2), (3, 0), (4, 5))
 forward = torch.ops.seqkern.attention
 backward = torch.ops.seqkern.attention_backward
 
@@ -28,26 +27,6 @@ def arguments(case, requires_grad=True):
         for x in case.tensors
     )
     return (*tensors, *case.options)
-
-
-def keywords(case):
-    """The case as keywords of the wide door."""
-    t, o = case.tensors, case.options
-    causal = "bottom-right" if o.window_right == 0 and o.bottom_right else o.window_right == 0
-    return {
-        "mask": t.mask,
-        "bias": t.bias,
-        "causal": causal,
-        "window": tuple(None if side < 0 else side for side in (o.window_left, o.window_right)),
-        "softcap": o.softcap,
-        "alibi_slopes": t.alibi_slopes,
-        "sinks": t.sinks,
-        "dropout_p": o.dropout_p,
-        "dropout_seed": t.seed,
-        "scale": o.scale,
-        "cu_seqlens_q": t.cu_seqlens_q,
-        "cu_seqlens_k": t.cu_seqlens_k,
-    }
 
 
 def chosen(run):
@@ -237,8 +216,8 @@ def test_autocast_is_torchs():
 )
 def test_any_shape_and_options(data, B, groups, Hkv, L, S, D, Dv):
     sizes = {"B": B, "Hq": groups * Hkv, "Hkv": Hkv, "L": L, "S": S, "D": D, "Dv": Dv}
-    case = make_case(**sizes, **draw_options(data.draw, st, 4))
-    check(case, slack=8)  # a single score cancels to a few units
+    drawn = draw_options(data.draw, st, 4)
+    check([make_case(**sizes, **drawn, seed=seed) for seed in range(4)], slack=4)  # a single score may cancel
 
 
 # torch's own door
@@ -444,106 +423,3 @@ def test_a_window_of_any_size(backend, side):
     torch.testing.assert_close(found, attention(q, q, q, window=(None, 3), backend=backend))
     found = attention(q, q, q, window=side, backend=backend)
     torch.testing.assert_close(found, attention(q, q, q, backend=backend))
-
-
-# compilers and transforms
-
-
-def double(**options):
-    case = make_case(torch.float64, Hq=2, Hkv=1, L=3, S=4, D=4, **options)
-    return case.tensors[:3]
-
-
-TRANSFORMED = {
-    "plain": {},
-    "capped, sunk": {"softcap": 2.0, "sinks": torch.ones(2, dtype=torch.float64), "window": 2},
-}
-
-
-@pytest.mark.parametrize("options", TRANSFORMED)
-def test_transforms(options):
-    q, k, v = double()
-    run = lambda q: attention(q, k, v, **TRANSFORMED[options]).square().sum()  # noqa: E731
-    leaf = q.clone().requires_grad_()
-    (want,) = torch.autograd.grad(run(leaf), leaf)
-    assert want.abs().min() > 0
-    torch.testing.assert_close(grad(run)(q), want)
-    torch.testing.assert_close(jacrev(run)(q), want)
-    tangent = torch.randn_like(q)
-    _, forward_mode = jvp(run, (q,), (tangent,))
-    torch.testing.assert_close(forward_mode, (want * tangent).sum())
-    each = vmap(grad(lambda q: attention(q[None], k[:1], v[:1], **TRANSFORMED[options]).square().sum()))(q)
-    assert each.shape == q.shape and each.abs().min() > 0
-    second = hessian(run)(q)
-    torch.testing.assert_close(
-        second, torch.autograd.functional.hessian(lambda q: spec_run(q, k, v, options), q)
-    )
-    assert second.any()
-
-
-def spec_run(q, k, v, options):
-    return attention(q, k, v, **TRANSFORMED[options], backend="reference").square().sum()
-
-
-def test_vmap_of_torchs_door():
-    q, k, v = qkv()
-    want = torch.stack([scaled_dot_product_attention(*x) for x in zip(q, k, v)])
-    torch.testing.assert_close(vmap(scaled_dot_product_attention)(q, k, v), want)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("options", ["plain", "everything", "causal", "mask, keys"])
-@pytest.mark.parametrize("lengths", [(), PACKED], ids=["dense", "packed"])
-def test_compile_without_a_graph_break(options, lengths):
-    case = make_case(lengths=lengths, **OPTIONS[options])
-    more = keywords(case)
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    if lengths:
-        more |= {"max_seqlen_q": 4, "max_seqlen_k": 5}
-    found = []
-    for run in (attention, compiled):
-        leaves = [x.clone().requires_grad_() for x in case.tensors[:3]]
-        output, lse = run(*leaves, **more, return_lse=True)
-        found.append(
-            (output, *torch.autograd.grad(output.square().sum() + lse.nan_to_num(neginf=0).sum(), leaves))
-        )
-    for got, want in zip(*found):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compile_torchs_door_and_any_length():
-    compiled = torch.compile(scaled_dot_product_attention, fullgraph=True, dynamic=True, backend="aot_eager")
-    for L in (3, 5, 9):
-        q = torch.randn(2, 4, L, 8)
-        torch.testing.assert_close(
-            compiled(q, q, q, is_causal=True), scaled_dot_product_attention(q, q, q, is_causal=True)
-        )
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compile_of_vmap_of_grad():
-    q, k, v = double()
-    f = vmap(grad(lambda q: attention(q[None], k[:1], v[:1], softcap=2.0).square().sum()))
-    torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(q), f(q))
-
-
-class Capped(torch.nn.Module):
-    def forward(self, q, k, v, cu):
-        return attention(
-            q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=3, max_seqlen_k=3, softcap=2.0
-        )
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_export_of_packed_input_trains_right(strict):
-    q, k, v = (torch.randn(5, 2, 4) for _ in range(3))
-    cu = torch.tensor([0, 3, 5], dtype=torch.int32)
-    program = torch.export.export(Capped(), (q, k, v, cu), strict=strict)
-    found = []
-    for run in (program.module(), Capped()):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        output = run(*leaves, cu)
-        found.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
-    for got, want in zip(*found):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from seqkern.spec import attention as spec
 from seqkern.spec.attention import Tensors
 from seqkern.spec.dropout import kept, philox
-from seqkern.testing_attention import OPTIONS, SHAPES, make_case
+from seqkern.testing_attention import OPTIONS, PACKED, SHAPES, make_case
 
 LEAVES = ("query", "key", "value", "bias", "alibi_slopes", "sinks")
-PACKED = ((2, 3), (0, 2), (3, 0), (4, 5))
 
 
 def with_leaves(case):

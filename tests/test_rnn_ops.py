@@ -273,3 +273,20 @@ def test_backward_of_a_forward_that_kept_nothing(cell, options):
         leaves = [t for t in tensors if t is not None and t.requires_grad]
         found.append(torch.autograd.grad(output.square().sum() + h_n.sum() + c_n.sum(), leaves))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_what_is_saved_past_the_caches_is_what_is_saved(isa, cell, dtype):
+    """More than 16 MB of it; of half the batch less."""
+    T, B, H = 48, 128, 192
+    case = make_case(cell, "dense", dtype, T=T, B=B, I=8, H=H)
+    whole = torch.ops.seqkern.rnn_forward(*case.tensors, cell, True)[3].view(T, B, -1)
+    assert whole.nbytes > 16 << 20
+    for part in (slice(0, B // 2), slice(B // 2, B)):
+        at = {0: (slice(None), part), 2: (slice(None), part), 3: (slice(None), part)}
+        tensors = [
+            t if t is None or i not in at else t[at[i]].contiguous() for i, t in enumerate(case.tensors)
+        ]
+        got = torch.ops.seqkern.rnn_forward(*tensors, cell, True)[3].view(T, B // 2, -1)
+        assert torch.equal(got, whole[:, part])

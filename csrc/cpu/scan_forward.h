@@ -164,8 +164,7 @@ struct ForwardScan {
         S* output;
         A *exact, *cell, *reserve;  // null where there is none
         long ld_previous, ld_hidden, ld_output, ld_state, ld_reserve;
-        long ahead;        // numbers from a row of reserve to that of the next step, which is asked for
-        bool past_caches;  // what is saved is stored so
+        long ahead;  // numbers from a row of reserve to that of the next step, which is asked for
     };
     Rows rows_of(const Group& g, const E* h_prev, E* h_next, long step) const {
         const long dir = g.direction, b = g.rows_begin, t = time_of(dir, step), row0 = c.row_start[t] + b;
@@ -181,7 +180,6 @@ struct ForwardScan {
         if (CellT::HAS_C) to.cell = at.cell + b * to.ld_state;
         if (Sh::RESERVE && c.reserve)
             to.reserve = static_cast<A*>(c.reserve) + (dir * c.N + row0) * to.ld_reserve;
-        to.past_caches = past_caches;
         if (step + 1 < c.T) to.ahead = (c.row_start[time_of(dir, step + 1)] - c.row_start[t]) * to.ld_reserve;
         return to;
     }
@@ -275,7 +273,7 @@ struct ForwardScan {
             if (SAVE && to.reserve) {
                 for (int k = 0; k < Sh::RESERVE; ++k) {
                     A* p = to.reserve + k * H + unit;
-                    if (to.past_caches) {
+                    if (past_caches) {
                         store_past_caches(p, reserve[k].v[i]);
                         continue;
                     }

@@ -53,6 +53,7 @@ BANDS: dict[str, dict] = {
     "window to the right": {"window": (-1, 35)},
     "far window": {"window": (2**40, 2**40)},
 }
+PACKED = ((2, 3), (0, 2), (3, 0), (4, 5))  # lengths of queries and keys
 LAYOUTS = ("heads last", "rows last", "gapped", "expanded", "offset")
 
 
@@ -193,6 +194,26 @@ def make_case(
         options,
         (grad_output, grad_lse.to(torch.float64 if dtype == torch.float64 else torch.float32)),
     )
+
+
+def keywords(case: Case) -> dict:
+    """The options of a case, as the keywords of `seqkern.functional.attention`."""
+    t, o = case.tensors, case.options
+    causal = "bottom-right" if o.window_right == 0 and o.bottom_right else o.window_right == 0
+    return {
+        "mask": t.mask,
+        "bias": t.bias,
+        "causal": causal,
+        "window": tuple(None if side < 0 else side for side in (o.window_left, o.window_right)),
+        "softcap": o.softcap,
+        "alibi_slopes": t.alibi_slopes,
+        "sinks": t.sinks,
+        "dropout_p": o.dropout_p,
+        "dropout_seed": t.seed,
+        "scale": o.scale,
+        "cu_seqlens_q": t.cu_seqlens_q,
+        "cu_seqlens_k": t.cu_seqlens_k,
+    }
 
 
 def _named(output: Tensor, lse: Tensor, weights: Tensor | None, gradients) -> dict[str, Tensor]:
