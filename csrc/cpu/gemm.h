@@ -138,6 +138,8 @@ void tile(const E* __restrict a, long lda, const E* __restrict b, long ldb, long
     using F = Factor<E>;
     using A = Sum<E>;
     constexpr int n = Simd<A>::n;
+    // Vectors of B that are held in registers; one that would be the 33rd is read for each row.
+    constexpr int HELD = SEQKERN_VECTOR_BYTES == 64 && NP == 1 && (MR + 1) * NV + 1 > 32 ? NV - 1 : NV;
     Vec<A> acc[NP][MR][NV];
     SK_UNROLL
     for (int p = 0; p < NP; ++p) SK_UNROLL
@@ -158,13 +160,17 @@ void tile(const E* __restrict a, long lda, const E* __restrict b, long ldb, long
             typename F::Each bv[NP][NV];
             SK_UNROLL
             for (int p = 0; p < NP; ++p) SK_UNROLL
-            for (int v = 0; v < NV; ++v) bv[p][v] = F::load(b + p * b_stride + v * n * F::depth);
+            for (int v = 0; v < HELD; ++v) bv[p][v] = F::load(b + p * b_stride + v * n * F::depth);
             SK_UNROLL
             for (int m = 0; m < MR; ++m) {
                 const auto s = F::spread(KMAJOR ? a + m * F::depth : rows[m / 3] + (m % 3) * lda);
                 SK_UNROLL
                 for (int p = 0; p < NP; ++p) SK_UNROLL
-                for (int v = 0; v < NV; ++v) F::add(acc[p][m][v], s, bv[p][v]);
+                for (int v = 0; v < HELD; ++v) F::add(acc[p][m][v], s, bv[p][v]);
+                if constexpr (HELD < NV) {
+                    asm("" : "+r"(b));  // else it is read once, and a sum is spilled for it
+                    F::add(acc[0][m][HELD], s, F::load(b + HELD * n * F::depth));
+                }
             }
             b += ldb;
             if constexpr (ASKS_AHEAD) {
@@ -262,6 +268,48 @@ void gemm(long M, const E* a, long lda, const Panels<E>& b, long panels, long K,
                 row += rows;
             }
             p += group;
+        }
+    }
+}
+
+// Chains of one row of sums: as many as a line of the second-level cache in each cycle needs.
+template <class E>
+constexpr int CHAINS_OF_A_ROW = Factor<E>::depth == 1 ? 4 : 8;
+
+// o[panel][W] (+)= a[K] b[panel][K][W], packed panels one after the other: a single stream, which comes twice as
+// fast as several that are read by turns (docs/decisions.md). With few vectors each k-th step has sums of its own,
+// so this is for products of one row whatever the split: a tile's sums join in another order.
+template <class E, int NV>
+SK_APART void row_times(const E* a, const Panels<E>& b, long panels, long K, Sum<E>* o, long o_stride,
+                        bool accumulate) {
+    using F = Factor<E>;
+    using A = Sum<E>;
+    constexpr int n = Simd<A>::n, STEP = F::depth, APART = (CHAINS_OF_A_ROW<E> + NV - 1) / NV;
+    for (long p = 0; p < panels; ++p) {
+        for (long k0 = 0; k0 == 0 || k0 < K; k0 += K_BLOCK<E>) {
+            const long end = min_of(K, k0 + K_BLOCK<E>), whole = end - (end - k0) % (APART * STEP);
+            const E* at = b.at(p, k0);
+            Vec<A> sums[APART][NV] = {};
+            long k = k0;
+            for (; k < whole; k += APART * STEP) SK_UNROLL
+            for (int i = 0; i < APART; ++i, at += b.ld) {
+                const auto s = F::spread(a + k + i * STEP);
+                SK_UNROLL
+                for (int v = 0; v < NV; ++v) F::add(sums[i][v], s, F::load(at + v * n * STEP));
+            }
+            for (; k < end; k += STEP, at += b.ld) {
+                const auto s = F::spread(a + k);
+                SK_UNROLL
+                for (int v = 0; v < NV; ++v) F::add(sums[0][v], s, F::load(at + v * n * STEP));
+            }
+            SK_UNROLL
+            for (int i = 1; i < APART; ++i) SK_UNROLL
+            for (int v = 0; v < NV; ++v) sums[0][v] += sums[i][v];
+            SK_UNROLL
+            for (int v = 0; v < NV; ++v) {
+                A* to = o + p * o_stride + v * n;
+                store<A>(to, accumulate || k0 ? load<A>(to) + sums[0][v] : sums[0][v]);
+            }
         }
     }
 }

@@ -13,7 +13,7 @@ constexpr long BACKWARD_CHUNK_ROWS = 512;
 template <class CellT, class A, class S>
 struct BackwardScan : Gradients<A, S> {
     using Base = Gradients<A, S>;
-    using Base::bias_gradient, Base::block_gradient, Base::copy_out, Base::emit, Base::multiply,
+    using Base::bias_gradient, Base::block_gradient, Base::copy_out, Base::emit, Base::multiply, Base::multiply_row,
         Base::pack_block, Base::pack_panels, Base::pack_weights, Base::result, Base::rounded,
         Base::start_state, Base::weights_of;
     using Base::n, Base::PW, Base::NATIVE, Base::PAIRS;
@@ -183,6 +183,7 @@ struct BackwardScan : Gradients<A, S> {
 
     void scan(Group g, const Chunk& now, const Buffers& buf, Barrier* joint) {
         const int i = g.direction;
+        const bool one_row = steps_of_one_row(c) && Base::are_packed(c.N);
         for (long step = now.begin; step < now.end; ++step) {
             if (!still_there(joint, g)) return;
             const Range units = share(s.blocks_h, g.member, g.members),
@@ -197,13 +198,24 @@ struct BackwardScan : Gradients<A, S> {
                         store_n<A>(d[i].dh + (at + b) * s.ld_p + j, incoming(i, g.rows_begin + b, row + b, j),
                                    c.P - j);
                 meet(joint, g);
-                multiply(m, d[i].dh + at * s.ld_p, s.ld_p, d[i].w_hr, units.begin, units.end - units.begin, 0,
-                         c.P, buf.pre, PW, m * PW, false);
+                if (one_row) {
+                    multiply_row(d[i].dh + at * s.ld_p, d[i].w_hr, units.begin, units.end - units.begin, c.P,
+                                 buf.pre, PW, false);
+                } else {
+                    multiply(m, d[i].dh + at * s.ld_p, s.ld_p, d[i].w_hr, units.begin,
+                             units.end - units.begin, 0, c.P, buf.pre, PW, m * PW, false);
+                }
             }
             cell_rows(i, g.rows_begin, t, m, units, at, buf.pre);
             meet(joint, g);
-            multiply(m, r_gates(i) + at * ld_gates, ld_gates, d[i].w_hh, first_out, panels, 0, K,
-                     d[i].carry + g.rows_begin * s.ld_p + first_out * PW, s.ld_p, PW, CellT::APART);
+            const E* gates = r_gates(i) + at * ld_gates;
+            A* carry = d[i].carry + g.rows_begin * s.ld_p + first_out * PW;
+            if (one_row) {
+                multiply_row(gates, d[i].w_hh, first_out, panels, K, carry, PW, CellT::APART);
+            } else {
+                multiply(m, gates, ld_gates, d[i].w_hh, first_out, panels, 0, K, carry, s.ld_p, PW,
+                         CellT::APART);
+            }
             end_step(joint, g);
         }
     }

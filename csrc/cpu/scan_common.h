@@ -91,6 +91,19 @@ void gates_times(long rows, const E* a, long lda, const E* packed, long first, l
     }
 }
 
+// Whether a layer's steps multiply one row whatever the split, in a stream of packed weights.
+SK_INLINE bool steps_of_one_row(const Layer& c) { return SEQKERN_VECTOR_BYTES == 64 && c.B == 1; }
+
+// The same for the one row of a step.
+template <class CellT, class E, class A>
+void gates_of_row(const E* a, const E* packed, long first, long panels, long K, A* o, long o_stride,
+                  bool accumulate) {
+    using Sh = Shape<CellT, A>;
+    const long stride = whole_steps<E>(K) * Sh::W;
+    const Panels<E> b{packed + first * stride, Sh::W * Factor<E>::depth, stride};
+    row_times<E, Sh::NV>(a, b, panels, K, o, o_stride, accumulate);
+}
+
 // o[row][W] = x[row][I] times one panel of w_ih + h[row][P] times that of w_hh, both packed gates.
 template <class CellT, class E, class A>
 void gates_of_both(long rows, const E* x, long ldx, const E* w_ih, long I, const E* h, long ldh,

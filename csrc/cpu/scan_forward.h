@@ -78,12 +78,11 @@ struct ForwardScan {
         return aligned && numbers * static_cast<long>(sizeof(A)) > RESERVE_PAST_CACHES;
     }
 
-    // A single sequence is bound by reading W_hh. With AVX-512 no packing quickens that, except where the
-    // dots of bfloats wait for their sums longer than for the weights. AVX2 reads packed weights a quarter
-    // faster, which pays unless half of them stay in L1.
+    // A single sequence is bound by reading W_hh, and reads packed weights a quarter faster, which pays unless
+    // half of them stay in L1.
     static bool worth_packing(const ForwardCall& c) {
         constexpr unsigned long BYTES = 128u << 10;
-        return ROUNDED || (SEQKERN_ACCUMULATORS < 16 && G * c.H * c.P * sizeof(E) >= BYTES);
+        return ROUNDED || G * c.H * c.P * sizeof(E) >= BYTES;
     }
 
     static E* panel_of(E* packed, long K, long p) { return packed + p * whole_steps<E>(K) * W; }
@@ -416,6 +415,9 @@ struct ForwardScan {
                     for (long i = 0; i < count; ++i)
                         gates_of_both<CellT>(m, x_rows, s.ld_i, d[dir].w_ih, c.I, a, s.ld_p, d[dir].w_hh, c.P,
                                              p0 + p + i, x + (p + i) * x_stride);
+            } else if (steps_of_one_row(c)) {
+                gates_of_row<CellT, E, A>(a, d[dir].w_hh, p0 + p, count, c.P, out,
+                                          CellT::APART ? W : x_stride, !CellT::APART);
             } else {
                 const long next = !backwards ? p + count : p ? max_of(0, p - group) : -1;
                 gates_times<CellT, E, A>(m, a, s.ld_p, d[dir].w_hh, p0 + p, count, c.P, out,
@@ -443,6 +445,8 @@ struct ForwardScan {
                 }
                 if (lying_h) {
                     project_as_it_lies(dir, p * 2 * n, m, full, to, ldo);
+                } else if (steps_of_one_row(c)) {
+                    row_times<E, 2>(full, packed_panels(d[dir].w_hr, c.H, 2 * n, p), 1, c.H, to, 0, false);
                 } else {
                     gemm<E, 2>(m, full, s.ld_h, packed_panels(d[dir].w_hr, c.H, 2 * n, p), 1, c.H, to, ldo, 0,
                                false);

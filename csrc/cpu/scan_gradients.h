@@ -24,10 +24,12 @@ struct Gradients {
         Panels<E> as_it_lies, packed;
     };
 
+    static bool are_packed(long N) { return !NATIVE || N >= ROWS_WORTH_COPYING; }
+
     // For products with N rows in all.
     static Weights weights_of(Arena& arena, const void* w, long rows, long columns, long N) {
         const long panels = ceil_div(columns, PW);
-        const long lying = NATIVE && N < ROWS_WORTH_COPYING ? columns / PW : 0;
+        const long lying = are_packed(N) ? 0 : columns / PW;
         E* packed = arena.take<E>((panels - lying) * whole_steps<E>(rows) * PW);
         return {lying,
                 {static_cast<const E*>(NATIVE ? w : nullptr), columns, PW},
@@ -46,6 +48,12 @@ struct Gradients {
         if (panels > lying)
             gemm<E, 2>(rows, a, lda, w.packed.from(first + lying - w.lying, w_row), panels - lying, depth,
                        o + lying * o_stride, ldo, o_stride, accumulate);
+    }
+
+    // o[panel][PW] (+)= a[k] times panels [first, first + panels) of w, all packed.
+    static void multiply_row(const E* a, const Weights& w, long first, long panels, long depth, A* o,
+                             long o_stride, bool accumulate) {
+        row_times<E, 2>(a, w.packed.from(first), panels, depth, o, o_stride, accumulate);
     }
 
     // Where a result is summed: in its place, or apart to be rounded at the end.
