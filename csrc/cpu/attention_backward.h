@@ -296,6 +296,7 @@ struct BackwardUnit {
             const Scores<A> scores(c, s, panel);
             weights_again<A, S>(scores, again, k_seen, seen, tile, ROWS,
                                 cap_slope ? cap_slope + at * W : nullptr);
+            ask_for_d_bias(s, panel, seen);
             gemm<A, 2>(size, v_seen.p, v_seen.ld, {columns, W, 0}, 1, c.Dv, d_tile, ROWS, 0, false);
             if (c.dropout_p > 0 || c.grad_weights.p)
                 weights_back(s, panel, tile, d_tile, at, seen);
@@ -377,15 +378,13 @@ struct BackwardUnit {
     bool scores_matter() const { return c.softcap > 0 || c.d_bias.p || c.d_slopes; }
     A factor_of_scores() const { return scores_matter() ? 1 : static_cast<A>(c.scale); }
 
-    // The gradient of the scores goes to bias and slopes, then through the cap and the scale.
-    void after_scores(const Sequence& s, const Scores<A>& scores, const Panel<A>& panel, A* d_tile, long at,
-                      Span seen, long unit, long t) {
-        if (!scores_matter()) return;
+    // What the panel's queries add to the gradients of slopes, and of a bias that is one for all keys.
+    void sums_of_rows(const Scores<A>& scores, const Panel<A>& panel, const A* d_tile, long at, Span seen,
+                      long unit) {
         using I = typename Simd<A>::I;
         using Lane = __typeof__(I{}[0]);
-        const long size = seen.end - seen.begin;
         Vec<A> slope[2] = {}, row[2] = {};
-        for (long key = 0; key < size; ++key) SK_UNROLL
+        for (long key = 0; key < seen.end - seen.begin; ++key) SK_UNROLL
         for (int half = 0; half < 2; ++half) {
             const Vec<A> d = load<A>(d_tile + key * ROWS + half * n);
             const I from = static_cast<Lane>(seen.begin + key) - scores.place[half];
@@ -398,6 +397,14 @@ struct BackwardUnit {
                 shared.slopes[unit * plan.G + panel.h[lane] % plan.G] +=
                     static_cast<double>(slope[lane / n][lane % n]);
         }
+    }
+
+    // The gradient of the scores goes to bias and slopes, then through the cap and the scale.
+    void after_scores(const Sequence& s, const Scores<A>& scores, const Panel<A>& panel, A* d_tile, long at,
+                      Span seen, long unit, long t) {
+        if (!scores_matter()) return;
+        const long size = seen.end - seen.begin;
+        if (c.d_slopes || plan.rows) sums_of_rows(scores, panel, d_tile, at, seen, unit);
         if (plan.columns) {
             const bool one = panel.count < 2 || panel.h[0] == panel.h[1];  // heads side by side alternate
             for (long key = 0; key < size; ++key)
@@ -408,9 +415,7 @@ struct BackwardUnit {
             const long before = unit_before(unit);
             if (before >= 0) wait_for(&shared.done[before], past_queries(s, panel, t * TOGETHER + at));
             long offsets[W];
-            for (long lane = 0; lane < W; ++lane)
-                offsets[lane] =
-                    s.b * c.d_bias.b + panel.h[lane] * c.d_bias.h + panel.i[lane] * c.d_bias.i + seen.begin;
+            for (long lane = 0; lane < W; ++lane) offsets[lane] = place_in_d_bias(s, panel, lane, seen);
             tile_to_rows<A, true>(d_tile, ROWS, size, panel.count, static_cast<A*>(c.d_bias.p), offsets);
         }
         const A scale = static_cast<A>(c.scale);
@@ -421,6 +426,17 @@ struct BackwardUnit {
             if (cap_slope) d *= load<A>(cap_slope + key * ROWS + at * W + half * n);
             store<A>(to, d);
         }
+    }
+
+    long place_in_d_bias(const Sequence& s, const Panel<A>& panel, long lane, Span seen) const {
+        return s.b * c.d_bias.b + panel.h[lane] * c.d_bias.h + panel.i[lane] * c.d_bias.i + seen.begin;
+    }
+    // What a product before its use asks for.
+    void ask_for_d_bias(const Sequence& s, const Panel<A>& panel, Span seen) const {
+        if (!c.d_bias.p || plan.columns || plan.rows) return;
+        for (long lane = 0; lane < panel.count; ++lane)
+            ask_for(static_cast<const A*>(c.d_bias.p) + place_in_d_bias(s, panel, lane, seen),
+                    seen.end - seen.begin);
     }
 
     // How far that unit must be to have passed all panels that add to the same rows of d_bias as this one,

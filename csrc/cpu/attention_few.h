@@ -81,6 +81,13 @@ SK_INLINE void add_values(const A* const* from, const A* p, long width, long Nv,
     }
 }
 
+// Rows of keys or values further on in a stream that are asked for where they come from beyond the caches.
+constexpr long ROWS_AHEAD = 4;
+template <class S>
+SK_INLINE void ask_for_row(const S* row, long size) {
+    for (long at = 0; at < size; at += 64 / static_cast<long>(sizeof(S))) __builtin_prefetch(row + at);
+}
+
 // out[m][0..Nv) (+)= the weights p[m] of `width` keys from each stream, of which `sizes` count, times their
 // values. The sums stay in memory: registers for those of several queries would leave some bytes of a row at
 // a time, and of rows that are read piece by piece the processor does not run ahead. far: they come from
@@ -97,7 +104,7 @@ void few_values(const Rows<A>* from, const long* sizes, const A* p, long count, 
         SK_UNROLL
         for (int s = 0; s < STREAMS; ++s) rows[s] = from[s].p + k * from[s].ld;
         for (int s = 0; ASKS_AHEAD && far && s < STREAMS; ++s)
-            for (long at = 0; at < Nv; at += n) __builtin_prefetch(rows[s] + 4 * from[s].ld + at);
+            ask_for_row(rows[s] + ROWS_AHEAD * from[s].ld, Nv);
         long m = 0;
         for (; m + 2 <= count; m += 2)
             add_values<A, 2, STREAMS>(rows, p + m * KEYS + k, width, Nv, out + m * ldo, ldo);
@@ -119,10 +126,10 @@ SK_INLINE long queries_together(long left) {
 }
 
 // The scores of M queries and a vector of keys of each stream, the `at`-th of `width` and of those from i on:
-// to tile[m][s width + at]. Keys that there are not get -inf.
+// to tile[m][s width + at]. Keys that there are not get -inf. far: they come from beyond the caches.
 template <class A, class S, int M>
 void few_scores(const Scores<A>& scores, bool changed, const KeyStreams& keys, const S* k, long ld, long D,
-                const A* q, long query, long i, long width, long at, A* tile) {
+                const A* q, long query, long i, long width, long at, A* tile, bool far) {
     constexpr long n = Simd<A>::n;
     Multiplied<A> by[M];
     SK_UNROLL
@@ -132,6 +139,7 @@ void few_scores(const Scores<A>& scores, bool changed, const KeyStreams& keys, c
         const S* from[STREAMS];
         SK_UNROLL
         for (int s = 0; s < STREAMS; ++s) from[s] = k + min_of(keys.first(s, i + at) + r, keys.end - 1) * ld;
+        for (int s = 0; ASKS_AHEAD && far && s < STREAMS; ++s) ask_for_row(from[s] + ROWS_AHEAD * ld, D);
         dot_chains<A, M, STREAMS>(from, by, chains[r]);
     }
     for (int m = 0; m < M; ++m)
@@ -171,7 +179,7 @@ bool few_queries(const AttentionForward& c, const Sequence& s, long kv_head, con
                 (rows == M   ? few_scores<A, S, M>
                  : rows == 2 ? few_scores<A, S, 2>
                              : few_scores<A, S, 1>)(scores, changed, streams, k, c.k.i, c.D, q + r * ld_q, r,
-                                                    i, width, at, tile + r * KEYS);
+                                                    i, width, at, tile + r * KEYS, far);
                 r += rows;
             }
         }

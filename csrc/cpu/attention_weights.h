@@ -67,6 +67,7 @@ SK_INLINE void weights_again(const Scores<A>& scores, const Again<A>& again, Row
                              A* tile, long ld, A* cap_slope) {
     constexpr long n = Simd<A>::n, W = 2 * n;
     const long count = keys.end - keys.begin, D = scores.c.D;
+    scores.template fetch<S>(keys);
     gemm<A, 2>(count, keys_from.p, keys_from.ld, {again.columns, W, 0}, 1, D, tile, ld, 0, false);
     scores.template apply<S>(tile, ld, keys, cap_slope);
     const Vec<A> lse[2] = {load<A>(again.lse), load<A>(again.lse + n)};
