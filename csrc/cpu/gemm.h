@@ -272,13 +272,15 @@ void gemm(long M, const E* a, long lda, const Panels<E>& b, long panels, long K,
     }
 }
 
-// Chains of one row of sums: as many as a line of the second-level cache in each cycle needs.
+// Chains of one row of sums: as many as a line of the second-level cache in each cycle needs. And bytes ahead
+// that are asked for, which the third level takes.
 template <class E>
 constexpr int CHAINS_OF_A_ROW = Factor<E>::depth == 1 ? 4 : 8;
+constexpr long AHEAD_OF_A_ROW = 4096;
 
-// o[panel][W] (+)= a[K] b[panel][K][W], packed panels one after the other: a single stream, which comes twice as
-// fast as several that are read by turns (docs/decisions.md). With few vectors each k-th step has sums of its own,
-// so this is for products of one row whatever the split: a tile's sums join in another order.
+// o[panel][W] (+)= a[K] b[panel][K][W], packed panels one after the other: a single stream, which comes twice
+// as fast as several that are read by turns (docs/decisions.md). With few vectors each k-th step has sums of
+// its own, so this is for products of one row whatever the split: a tile's sums join in another order.
 template <class E, int NV>
 SK_APART void row_times(const E* a, const Panels<E>& b, long panels, long K, Sum<E>* o, long o_stride,
                         bool accumulate) {
@@ -295,7 +297,11 @@ SK_APART void row_times(const E* a, const Panels<E>& b, long panels, long K, Sum
             for (int i = 0; i < APART; ++i, at += b.ld) {
                 const auto s = F::spread(a + k + i * STEP);
                 SK_UNROLL
-                for (int v = 0; v < NV; ++v) F::add(sums[i][v], s, F::load(at + v * n * STEP));
+                for (int v = 0; v < NV; ++v) {
+                    const E* line = at + v * n * STEP;
+                    F::add(sums[i][v], s, F::load(line));
+                    __builtin_prefetch(reinterpret_cast<const char*>(line) + AHEAD_OF_A_ROW);
+                }
             }
             for (; k < end; k += STEP, at += b.ld) {
                 const auto s = F::spread(a + k);

@@ -13,9 +13,9 @@ constexpr long BACKWARD_CHUNK_ROWS = 512;
 template <class CellT, class A, class S>
 struct BackwardScan : Gradients<A, S> {
     using Base = Gradients<A, S>;
-    using Base::bias_gradient, Base::block_gradient, Base::copy_out, Base::emit, Base::multiply, Base::multiply_row,
-        Base::pack_block, Base::pack_panels, Base::pack_weights, Base::result, Base::rounded,
-        Base::start_state, Base::weights_of;
+    using Base::bias_gradient, Base::block_gradient, Base::copy_out, Base::emit, Base::multiply,
+        Base::multiply_row, Base::pack_block, Base::pack_panels, Base::pack_weights, Base::result,
+        Base::rounded, Base::start_state, Base::weights_of;
     using Base::n, Base::PW, Base::NATIVE, Base::PAIRS;
     using typename Base::E, typename Base::F, typename Base::Weights;
     using Sh = Shape<CellT, A>;

@@ -78,11 +78,14 @@ struct ForwardScan {
         return aligned && numbers * static_cast<long>(sizeof(A)) > RESERVE_PAST_CACHES;
     }
 
-    // A single sequence is bound by reading W_hh, and reads packed weights a quarter faster, which pays unless
-    // half of them stay in L1.
+    // A single sequence is bound by reading W_hh, and reads packed weights a quarter faster, which pays
+    // unless half of them stay in L1. With AVX-512 what comes from beyond L2 gains less, in more steps.
     static bool worth_packing(const ForwardCall& c) {
-        constexpr unsigned long BYTES = 128u << 10;
-        return ROUNDED || G * c.H * c.P * sizeof(E) >= BYTES;
+        constexpr unsigned long BYTES = 128u << 10, FAR = 2u << 20;
+        constexpr long STEPS_WORTH_FAR = 128;
+        const unsigned long bytes = G * c.H * c.P * sizeof(E);
+        const bool far = SEQKERN_VECTOR_BYTES == 64 && bytes > FAR;
+        return ROUNDED || (bytes >= BYTES && (!far || c.T >= STEPS_WORTH_FAR));
     }
 
     static E* panel_of(E* packed, long K, long p) { return packed + p * whole_steps<E>(K) * W; }
