@@ -433,6 +433,7 @@ struct BackwardUnit {
     }
     // What a product before its use asks for.
     void ask_for_d_bias(const Sequence& s, const Panel<A>& panel, Span seen) const {
+        asm volatile("");  // as in Scores::fetch
         if (!c.d_bias.p || plan.columns || plan.rows) return;
         for (long lane = 0; lane < panel.count; ++lane)
             ask_for(static_cast<const A*>(c.d_bias.p) + place_in_d_bias(s, panel, lane, seen),

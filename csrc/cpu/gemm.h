@@ -1,7 +1,8 @@
 // One packed matmul. B lies in panels of W = NV vectors: packed [panel][k][W] and zero-padded, or whole ones
 // as they lie in a row-major matrix. A is row-major with a leading dimension (or, KMAJOR, packed as
 // [k][rows]). Every output element is one chain of fused multiply-adds over each block of k, whatever the
-// tile it falls in, so no split of the work among threads or tiles changes a bit of the result.
+// tile it falls in, so no split of the work among threads or tiles changes a bit of the result. Only
+// `row_times` is for products that no split changes.
 #pragma once
 
 #include "simd.h"
@@ -138,8 +139,10 @@ void tile(const E* __restrict a, long lda, const E* __restrict b, long ldb, long
     using F = Factor<E>;
     using A = Sum<E>;
     constexpr int n = Simd<A>::n;
-    // Vectors of B that are held in registers; one that would be the 33rd is read for each row.
-    constexpr int HELD = SEQKERN_VECTOR_BYTES == 64 && NP == 1 && (MR + 1) * NV + 1 > 32 ? NV - 1 : NV;
+    // Vectors of B that are held in registers; one that would be the 33rd is read for each row, where a
+    // multiply-add takes it from memory.
+    constexpr bool FITS = (MR + 1) * NV + 1 <= 32;
+    constexpr int HELD = SEQKERN_VECTOR_BYTES != 64 || NP > 1 || F::depth > 1 || FITS ? NV : NV - 1;
     Vec<A> acc[NP][MR][NV];
     SK_UNROLL
     for (int p = 0; p < NP; ++p) SK_UNROLL

@@ -91,10 +91,10 @@ void gates_times(long rows, const E* a, long lda, const E* packed, long first, l
     }
 }
 
-// Whether a layer's steps multiply one row whatever the split, in a stream of packed weights.
+// Whether a layer's steps multiply one row whatever the split. Those whose weights are packed take row_times.
 SK_INLINE bool steps_of_one_row(const Layer& c) { return SEQKERN_VECTOR_BYTES == 64 && c.B == 1; }
 
-// The same for the one row of a step.
+// What gates_times does, for the one row of a step (see steps_of_one_row).
 template <class CellT, class E, class A>
 void gates_of_row(const E* a, const E* packed, long first, long panels, long K, A* o, long o_stride,
                   bool accumulate) {

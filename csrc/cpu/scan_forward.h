@@ -79,7 +79,8 @@ struct ForwardScan {
     }
 
     // A single sequence is bound by reading W_hh, and reads packed weights a quarter faster, which pays
-    // unless half of them stay in L1. With AVX-512 what comes from beyond L2 gains less, in more steps.
+    // unless half of them stay in L1. With AVX-512 what the L2 of two cores does not hold gains less, in more
+    // steps; for any number of threads, since packed weights are summed in another order.
     static bool worth_packing(const ForwardCall& c) {
         constexpr unsigned long BYTES = 128u << 10, FAR = 2u << 20;
         constexpr long STEPS_WORTH_FAR = 128;
