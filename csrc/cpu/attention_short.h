@@ -10,7 +10,7 @@ namespace SEQKERN_ISA {
 
 template <class A, class S>
 struct ShortRows {
-    static constexpr long n = Simd<A>::n, M = ROWS_TOGETHER, VECTORS = 6;
+    static constexpr long n = Simd<A>::n, M = ROWS_TOGETHER, VECTORS = 6, VECTORS_OF_NARROW = 32;
     const AttentionForward& c;
     A* q;  // [M][buffer_ld(D)]
 
@@ -22,7 +22,11 @@ struct ShortRows {
         if (optional || c.S == 0) return false;
         // Where there are more queries a matmul reads their keys for all of them.
         const long queries = c.L * (c.Hq / c.Hkv);
-        return c.S == 1 || (queries == 1 && c.S <= VECTORS * n) || (queries <= n / 2 && c.S <= n);
+        return c.S == 1 || (queries == 1 && c.S <= most_keys(c)) || (queries <= n / 2 && c.S <= n);
+    }
+    // Of a row that fills no more than a vector the few multiply-adds do not pay for streams and panels.
+    static long most_keys(const AttentionForward& c) {
+        return (c.D <= n && c.Dv <= n ? VECTORS_OF_NARROW : VECTORS) * n;
     }
 
     // This thread's rows. Of one key in the order that the output lies in: they are little more than new
@@ -85,7 +89,7 @@ struct ShortRows {
             copy_scaled<A, S>(q + r * ld, row_of<S>(c.q, s, h, i + r), c.D, query_factor<A>(c));
             by[r] = Multiplied<A>(q + r * ld, c.D);
         }
-        A p[R][VECTORS * n] __attribute__((aligned(SEQKERN_VECTOR_BYTES)));
+        A p[R][(R == 1 ? VECTORS_OF_NARROW : VECTORS) * n] __attribute__((aligned(SEQKERN_VECTOR_BYTES)));
         Vec<A> top[R];
         SK_UNROLL
         for (int r = 0; r < R; ++r) top[r] = Vec<A>{} + hidden;
@@ -115,13 +119,22 @@ struct ShortRows {
             for (long lane = 0; lane < n; ++lane) l += sum[lane];
             factor[r] = l == 0 ? A{} : 1 / l;
         }
+        // Sums that need not wait for one another; only where every split of the rows has them.
+        constexpr int APART = R == 1 ? 4 : 1;
+        const bool alone = R == 1 && c.L == 1;
         for (long at = 0; at < c.Dv; at += n) {
-            Vec<A> out[R] = {};
-            for (long key = 0; key < keys; ++key) {
+            Vec<A> out[R] = {}, apart[APART] = {};
+            long key = 0;
+            for (; alone && key + APART <= keys; key += APART) SK_UNROLL
+            for (int i = 0; i < APART; ++i)
+                apart[i] += load_n<A>(v + (key + i) * c.v.i + at, c.Dv - at) * p[0][key + i];
+            for (; key < keys; ++key) {
                 const Vec<A> x = load_n<A>(v + key * c.v.i + at, c.Dv - at);
                 SK_UNROLL
                 for (int r = 0; r < R; ++r) out[r] += x * p[r][key];
             }
+            SK_UNROLL
+            for (int i = 0; i < APART; ++i) out[0] += apart[i];
             SK_UNROLL
             for (int r = 0; r < R; ++r)
                 store_n<A>(row_of<S>(c.output, s, h, i + r) + at, out[r] * factor[r], c.Dv - at);

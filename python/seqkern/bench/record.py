@@ -150,9 +150,18 @@ def _allowed_cores() -> list[int]:
     )
 
 
+def _generation(machine: dict[str, Any]) -> str:
+    """What the cores of a processor are called whose name does not tell; empty where it is not known."""
+    numbers = [int(each) for each in machine["family"].split("-") if each.isdigit()]
+    if not machine["cpu"].startswith("AMD") or len(numbers) < 2:
+        return ""
+    family, model = numbers[:2]
+    return {(25, 0): " Zen 3", (25, 1): " Zen 4"}.get((family, model // 16), " Zen 5" if family == 26 else "")
+
+
 def title(machine: dict[str, Any]) -> str:
     """What a table or picture calls the machine: its GPU where that was measured."""
-    return machine.get("gpu") or f"{machine['cpu']} {machine['isa']}"
+    return machine.get("gpu") or f"{machine['cpu']}{_generation(machine)} {machine['isa']}"
 
 
 def kind(machine: dict[str, Any]) -> str:
