@@ -98,9 +98,8 @@ def laid(x, layout):
     """By rows, by columns, in pieces, or one row, one column or one number of it expanded."""
     if layout == 0:
         return x
-    if (
-        layout == 5
-    ):  # sums of equal terms err alike, more with one library's order than another's: these are exact
+    if layout == 5:
+        # Sums of equal terms err alike, more with one library's order than with another's: these are exact.
         x = torch.full_like(x, 0.75)
     if layout > 2:
         rows, columns = slice(None if layout == 4 else 1), slice(None if layout == 3 else 1)

@@ -77,10 +77,21 @@ def same_for_any_thread_count(case: Case):
         assert [k for k in first if not torch.equal(first[k], other[k])] == []
 
 
-@pytest.mark.parametrize(("cell", "H"), [("lstm", 520), ("gru", 110), ("rnn_tanh", 190)])
-def test_one_sequence_on_large_weights(isa, cell, H):
-    """Recurrent weights beyond 128 KB, packed for one sequence on some machines; the LSTM's fill huge pages."""
-    case = make_case(cell, T=71, B=1, I=9, H=H)
+# Of an LSTM's last three: packed with AVX-512, from beyond two cores' L2 in many steps, and projected.
+@pytest.mark.parametrize(
+    ("cell", "T", "H", "proj"),
+    [
+        ("gru", 71, 110, 0),
+        ("rnn_tanh", 71, 190, 0),
+        ("lstm", 71, 520, 0),
+        ("lstm", 71, 101, 0),
+        ("lstm", 130, 370, 0),
+        ("lstm", 71, 130, 71),
+    ],
+)
+def test_one_sequence_on_large_weights(isa, cell, T, H, proj):
+    """Recurrent weights beyond 128 KB, packed for one sequence on some machines; 520 units fill huge pages."""
+    case = make_case(cell, T=T, B=1, I=9, H=H, proj=proj)
     check_op(case, what=f"{isa} {cell} {H}")
     same_for_any_thread_count(case)
 

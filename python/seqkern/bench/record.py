@@ -150,18 +150,22 @@ def _allowed_cores() -> list[int]:
     )
 
 
+# AMD's cores by family and the model's upper digit in base 16: the model name of a cloud machine tells neither.
+_AMD = {(25, 0): "Zen 3", (25, 1): "Zen 4", (26, 0): "Zen 5", (26, 1): "Zen 5"}
+
+
 def _generation(machine: dict[str, Any]) -> str:
-    """What the cores of a processor are called whose name does not tell; empty where it is not known."""
-    numbers = [int(each) for each in machine["family"].split("-") if each.isdigit()]
-    if not machine["cpu"].startswith("AMD") or len(numbers) < 2:
-        return ""
-    family, model = numbers[:2]
-    return {(25, 0): " Zen 3", (25, 1): " Zen 4"}.get((family, model // 16), " Zen 5" if family == 26 else "")
+    """What the cores are called whose name does not tell; empty where it is not known."""
+    numbers = [int(each) for each in machine["family"].split("-") if each]
+    known = machine["cpu"].startswith("AMD") and len(numbers) > 1
+    return _AMD.get((numbers[0], numbers[1] // 16), "") if known else ""
 
 
 def title(machine: dict[str, Any]) -> str:
     """What a table or picture calls the machine: its GPU where that was measured."""
-    return machine.get("gpu") or f"{machine['cpu']}{_generation(machine)} {machine['isa']}"
+    return machine.get("gpu") or " ".join(
+        filter(None, (machine["cpu"], _generation(machine), machine["isa"]))
+    )
 
 
 def kind(machine: dict[str, Any]) -> str:
