@@ -3,87 +3,25 @@
 // whichever threads run them.
 #pragma once
 
-#include "attention_weights.h"
+#include "attention_backward_plan.h"
 
 namespace seqkern {
 namespace SEQKERN_ISA {
 
-constexpr int ALL_DONE = 0x7fffffff;
-
-// How far a unit has come: blocks of queries that it has passed.
-SK_INLINE void wait_for(const int* done, int least) {
-    for (long spins = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < least; ++spins) {
-        if (spins < 4000) {
-#if defined(__x86_64__)
-            __builtin_ia32_pause();
-#endif
-        } else {
-            sched_yield();
-        }
-    }
-}
-
-template <class A>
-struct BackwardPlan {
-    static constexpr long W = Panel<A>::W, n = Simd<A>::n, ROWS = 64, TOGETHER = ROWS / W;
-    long chunk, chunks, groups, G, Nd, Nv;
-    bool columns, rows;  // a bias that is one for all queries, or for all keys
-
-    explicit BackwardPlan(const AttentionBackward& c)
-        : chunk(max_of(c.D, c.Dv) <= 128 ? 256 : 128),
-          chunks(ceil_div(c.S, chunk)),
-          groups(c.B * c.Hkv),
-          G(c.Hq / c.Hkv),
-          Nd(padded<A>(c.D)),
-          Nv(padded<A>(c.Dv)),
-          columns(c.d_bias.p && c.d_bias.i == 0),
-          rows(c.d_bias.p && c.d_bias.i != 0 && c.d_bias_j == 0) {}
-
-    long units() const { return groups * chunks; }
-    // What the units share, each part on a line of its own.
-    struct Shared {
-        long* next;      // tickets
-        int* done;       // [units]
-        A* delta;        // [total_q][Hq]: what the softmax takes back of a row, less what lse is asked for
-        double* slopes;  // [units][G]
-        A* columns;      // [B][Hq][S]: sums of d_bias over the queries
-        A* rows;         // [total_q][Hq]: and over the keys
-    };
-    Shared shared(const AttentionBackward& c, char* base, unsigned long* bytes = nullptr) const {
-        Shared found;
-        unsigned long used = 0;
-        auto take = [&](unsigned long size) {
-            char* p = base ? base + used : nullptr;
-            used += (size + 63) / 64 * 64;
-            return p;
-        };
-        const unsigned long lines = c.total_q * c.Hq;
-        found.next = reinterpret_cast<long*>(take(64));
-        found.done = reinterpret_cast<int*>(take(sizeof(int) * units()));
-        found.delta = reinterpret_cast<A*>(take(sizeof(A) * lines));
-        found.slopes = reinterpret_cast<double*>(take(c.d_slopes ? sizeof(double) * units() * G : 0));
-        found.columns = reinterpret_cast<A*>(take(columns ? sizeof(A) * c.B * c.Hq * c.S : 0));
-        found.rows = reinterpret_cast<A*>(take(rows ? sizeof(A) * lines : 0));
-        if (bytes) *bytes = used;
-        return found;
-    }
-};
-
-// Row of a query among all, for what is kept per query and head.
-SK_INLINE long line_of(const AttentionCall& c, const Sequence& s, long h, long i) {
-    return ((c.start_q ? s.from_q : s.b * c.L) + i) * c.Hq + h;
-}
-
 template <class A, class S>
 struct BackwardUnit {
+    using E = FactorOf<A, S>;
     static constexpr long n = Simd<A>::n, W = 2 * n, TOGETHER = BackwardPlan<A>::TOGETHER,
-                          ROWS = TOGETHER * W;
+                          ROWS = TOGETHER * W, STEP = Factor<E>::depth;
+    static constexpr long LD = IN_PAIRS<E> ? W : ROWS;  // of tiles, which then stay for one panel only
     const AttentionBackward& c;
     const BackwardPlan<A> plan;
     const typename BackwardPlan<A>::Shared shared;
     const Operand lse;
     const long ld_k, ld_v;
-    A *q, *scaled, *g, *columns_q, *columns_g, *lse_rows, *delta, *p, *ds, *cap_slope, *k, *v, *dk, *dv, *dq;
+    E *q, *g, *rows, *columns_q, *columns_g, *k, *v;
+    E *k_right, *p_left, *ds_left, *ds_along, *last_pair;  // in pairs only
+    A *k_wide, *lse_rows, *delta, *p, *ds, *cap_slope, *dk, *dv, *dq;
 
     static unsigned long numbers(const AttentionBackward& c) {
         return BackwardUnit(c, nullptr, nullptr).used;
@@ -97,17 +35,23 @@ struct BackwardUnit {
           lse(c.lse),
           ld_k(buffer_ld<A>(c.D)),
           ld_v(buffer_ld<A>(c.Dv)) {
-        auto take = [&](long count) {
+        const auto take = [&](long count) {
             A* at = memory ? memory + used : nullptr;
-            used += ceil_div(count, n) * n;
+            used += static_cast<unsigned long>(padded<A>(count));
             return at;
         };
-        q = take(ROWS * ld_k), scaled = take(W * max_of(ld_k, ld_v)), g = take(ROWS * ld_v);
-        columns_q = take(ROWS * c.D), columns_g = take(ROWS * c.Dv), lse_rows = take(ROWS),
-        delta = take(ROWS);
-        p = take(plan.chunk * ROWS), ds = take(plan.chunk * ROWS);
-        cap_slope = c.softcap > 0 ? take(plan.chunk * ROWS) : nullptr;
-        k = take(plan.chunk * ld_k), v = take(plan.chunk * ld_v);
+        const auto factors = [&](long count) { return reinterpret_cast<E*>(take(numbers_for<A, E>(count))); };
+        const auto paired = [&](long count) { return IN_PAIRS<E> ? factors(count) : nullptr; };
+        q = factors(ROWS * ld_k), g = factors(ROWS * ld_v), rows = factors(W * max_of(ld_k, ld_v));
+        columns_q = factors(columns_size<E>(c.D)), columns_g = factors(columns_size<E>(c.Dv));
+        k = factors(plan.chunk * ld_k), v = factors(plan.chunk * ld_v);
+        k_right = paired(plan.chunk * ld_k), last_pair = paired(right_ld<E>(c.D));
+        p_left = paired(plan.chunk * ROWS), ds_left = paired(plan.chunk * ROWS),
+        ds_along = paired(plan.chunk * ROWS);
+        k_wide = IN_PAIRS<E> ? take(plan.chunk * ld_k) : reinterpret_cast<A*>(k);
+        lse_rows = take(W), delta = take(ROWS);
+        p = take(plan.chunk * LD), ds = take(plan.chunk * LD);
+        cap_slope = c.softcap > 0 ? take(plan.chunk * LD) : nullptr;
         dk = take(plan.chunk * ld_k), dv = take(plan.chunk * ld_v), dq = take(ROWS * ld_k);
     }
 
@@ -146,18 +90,18 @@ struct BackwardUnit {
     void prepare_weights(long b, long h) {
         const Sequence s = sequence(c, b);
         double sink = 0;
-        const Again<A> again{columns_q, lse_rows};
+        const Again<E> again{columns_q, lse_rows};
         for (long first = 0; first < s.L; first += W) {
             const Panel<A> panel = panel_of_head<A>(h, first, s.L);
-            prepare_again<A, S>(c, s, panel, lse, scaled, again);
+            prepare_again<E, S>(c, s, panel, lse, rows, again);
             const Scores<A> scores(c, s, panel);
             const PlaneRows<A> given(c.grad_weights, s, panel);
             const Span seen = seen_by_some<A>(c, s, panel.first, panel.last);
             Vec<A> sum[2] = {};
             for (long from = seen.begin; from < seen.end; from += KEYS) {
                 const Span keys{from, min_of(from + KEYS, seen.end)};
-                const Rows<A> kr = block<A, S>(c.k, s, h / plan.G, keys, c.D, k, false, Reads::numbers);
-                weights_again<A, S>(scores, again, kr, keys, p, W, nullptr);
+                const Rows<E> kr = block<E, S>(c.k, s, h / plan.G, keys, c.D, k, false, Reads::numbers);
+                weights_again<E, S>(scores, again, kr, keys, p, W, nullptr);
                 if (c.dropout_p > 0) drop_weights<A>(Dropout<A>(c, s, panel), p, keys);
                 for (long at = keys.begin; at < keys.end; at += n)
                     for (long half = 0; half < 2; ++half) {
@@ -195,9 +139,8 @@ struct BackwardUnit {
                 for (long j = 0; j < ld_v; ++j) dv[at * ld_v + j] = 0;
             }
             const Span there{s.from_k + keys.begin, s.from_k + keys.end};
-            Rows<A> kr = block<A, S>(c.k, s, kv_head, there, c.D, k);
-            const Rows<A> vr = block<A, S>(c.v, s, kv_head, there, c.Dv, v, false, Reads::numbers);
-            bool clean = !c.mask.p && (c.left < 0 || keys.begin >= s.d - c.left);
+            const Rows<E> vr = block<E, S>(c.v, s, kv_head, there, c.Dv, v, false, Reads::numbers);
+            Keys kr{};
             const long panels = group.panels();
             for (long t = 0; t * TOGETHER < panels; ++t) {
                 Panel<A> some[TOGETHER];
@@ -209,8 +152,7 @@ struct BackwardUnit {
                     if (!own.empty()) seen = {min_of(seen.begin, own.begin), max_of(seen.end, own.end)};
                 }
                 if (!seen.empty()) {
-                    if (!clean) kr = without_unseen_by_all(s, group, kr, keys);
-                    clean = true;
+                    if (!kr.left.p) kr = read_keys(s, group, kv_head, keys, there);
                     tiles(s, some, count, seen, keys, kr, vr, unit, t);
                 }
                 __atomic_store_n(&shared.done[unit], static_cast<int>(t + 1), __ATOMIC_RELEASE);
@@ -250,15 +192,37 @@ struct BackwardUnit {
     }
 
   private:
+    // Keys as left rows, for scores, and as right rows, for d_q.
+    struct Keys {
+        Rows<E> left, right;
+    };
+    Keys read_keys(const Sequence& s, const HeadGroup<A>& group, long kv_head, Span keys, Span there) {
+        const bool unseen = c.mask.p || (c.left >= 0 && keys.begin < s.d - c.left);
+        if constexpr (IN_PAIRS<E>) {
+            const long size = keys.end - keys.begin;
+            if (!unseen)
+                return {block<E, S>(c.k, s, kv_head, there, c.D, k, false, Reads::numbers),
+                        pair_rows(k_right, row_of<S>(c.k, s, kv_head, there.begin), c.k.i, size, c.D)};
+            const Rows<A> found =
+                without_unseen_by_all(s, group, block<A, S>(c.k, s, kv_head, there, c.D, k_wide), keys);
+            for (long r = 0; r < size; ++r) factor_row(k + r * ld_k, found.p + r * found.ld, c.D);
+            return {{k, ld_k}, pair_rows(k_right, found.p, found.ld, size, c.D)};
+        } else {
+            Rows<A> found = block<A, S>(c.k, s, kv_head, there, c.D, k);
+            if (unseen) found = without_unseen_by_all(s, group, found, keys);
+            return {found, found};
+        }
+    }
+
     // Keys that no query of the group sees: their NaN must not meet the zeros of ds.
-    Rows<A> without_unseen_by_all(const Sequence& s, const HeadGroup<A>& group, Rows<A> rows, Span keys) {
+    Rows<A> without_unseen_by_all(const Sequence& s, const HeadGroup<A>& group, Rows<A> from, Span keys) {
         bool finite = true;
         for (long r = 0; r < keys.end - keys.begin; ++r)
-            finite = finite && is_finite(rows.p + r * rows.ld, c.D);
-        if (finite) return rows;
+            finite = finite && is_finite(from.p + r * from.ld, c.D);
+        if (finite) return from;
         for (long r = 0; r < keys.end - keys.begin; ++r) {
-            if (rows.p != k) copy_scaled<A, A>(k + r * ld_k, rows.p + r * rows.ld, c.D, 1);
-            if (is_finite(k + r * ld_k, c.D)) continue;
+            if (from.p != k_wide) copy_scaled<A, A>(k_wide + r * ld_k, from.p + r * from.ld, c.D, 1);
+            if (is_finite(k_wide + r * ld_k, c.D)) continue;
             bool seen = false;
             for (long at = 0; at < group.panels() && !seen; ++at) {
                 const Panel<A> panel = group.panel(at);
@@ -267,49 +231,50 @@ struct BackwardUnit {
                     seen = seen || scores.sees(lane, keys.begin + r);
             }
             if (!seen)
-                for (long j = 0; j < ld_k; ++j) k[r * ld_k + j] = 0;
+                for (long j = 0; j < ld_k; ++j) k_wide[r * ld_k + j] = 0;
         }
-        return {k, ld_k};
+        return {k_wide, ld_k};
     }
 
-    void tiles(const Sequence& s, const Panel<A>* some, long count, Span seen, Span keys, Rows<A> kr,
-               Rows<A> vr, long unit, long t) {
+    void tiles(const Sequence& s, const Panel<A>* some, long count, Span seen, Span keys, const Keys& kr,
+               Rows<E> vr, long unit, long t) {
         const long size = seen.end - seen.begin, skip = seen.begin - keys.begin, depth = count * W;
-        const Rows<A> k_seen{kr.p + skip * kr.ld, kr.ld}, v_seen{vr.p + skip * vr.ld, vr.ld};
+        const Rows<E> k_seen{kr.left.p + skip * kr.left.ld, kr.left.ld}, v_seen{vr.p + skip * vr.ld, vr.ld};
         for (long at = 0; at < count; ++at) {
             const Panel<A>& panel = some[at];
-            A *q_rows = q + at * W * ld_k, *g_rows = g + at * W * ld_v, *tile = p + at * W,
-              *d_tile = ds + at * W;
-            panel_rows<A, S>(q_rows, c.q, s, panel, c.D, 1);
-            for (long lane = panel.count; lane < W; ++lane)
-                for (long j = 0; j < ld_k; ++j) q_rows[lane * ld_k + j] = 0;
-            if (c.grad_output.p) panel_rows<A, S>(g_rows, c.grad_output, s, panel, c.Dv, 1);
-            for (long lane = c.grad_output.p ? panel.count : 0; lane < W; ++lane)
-                for (long j = 0; j < ld_v; ++j) g_rows[lane * ld_v + j] = 0;
-            const Again<A> again{columns_q + at * W * c.D, lse_rows + at * W};
-            prepare_again<A, S>(c, s, panel, lse, scaled, again);
-            A* columns = columns_g + at * W * c.Dv;
-            panel_columns<A>(columns, g_rows, panel.count, c.Dv);
+            E* const g_rows = g + at * W * ld_v;
+            A *tile = p + at * W % LD, *d_tile = ds + at * W % LD;
+            panel_right<E, S>(q + at * W * ld_k, c.q, s, panel, c.D);
+            panel_right<E, S>(g_rows, c.grad_output, s, panel, c.Dv);
+            if (IN_PAIRS<E> && c.grad_output.p) panel_rows<E, S>(rows, c.grad_output, s, panel, c.Dv, 1);
+            panel_columns(columns_g, IN_PAIRS<E> ? rows : g_rows, c.grad_output.p ? panel.count : 0, c.Dv);
+            const Again<E> again{columns_q, lse_rows};
+            prepare_again<E, S>(c, s, panel, lse, rows, again);
             for (long lane = 0; lane < W; ++lane)
                 delta[at * W + lane] =
                     lane < panel.count ? shared.delta[line_of(c, s, panel.h[lane], panel.i[lane])] : 0;
             const Scores<A> scores(c, s, panel);
-            weights_again<A, S>(scores, again, k_seen, seen, tile, ROWS,
-                                cap_slope ? cap_slope + at * W : nullptr);
+            weights_again<E, S>(scores, again, k_seen, seen, tile, LD,
+                                cap_slope ? cap_slope + at * W % LD : nullptr);
             ask_for_d_bias(s, panel, seen);
-            gemm<A, 2>(size, v_seen.p, v_seen.ld, {columns, W, 0}, 1, c.Dv, d_tile, ROWS, 0, false);
+            gemm<E, 2>(size, v_seen.p, v_seen.ld, panel_of_columns(columns_g), 1, c.Dv, d_tile, LD, 0, false);
             if (c.dropout_p > 0 || c.grad_weights.p)
                 weights_back(s, panel, tile, d_tile, at, seen);
             else
                 scores_back(tile, d_tile, at, size);
             after_scores(s, scores, panel, d_tile, at, seen, unit, t);
+            make_factors(tile, d_tile, at, size);
         }
+        const E *p_rows = p_left, *ds_rows = ds_left, *ds_columns = ds_along;
+        if constexpr (!IN_PAIRS<E>) p_rows = p, ds_rows = ds_columns = ds;
+        const long ld_q = right_ld<E>(c.D), ld_g = right_ld<E>(c.Dv);
         if (c.d_v.p && c.grad_output.p)
-            multiply_rows<A>(size, p, ROWS, g, ld_v, plan.Nv, depth, dv + skip * ld_v, ld_v, true);
-        if (c.d_k.p) multiply_rows<A>(size, ds, ROWS, q, ld_k, plan.Nd, depth, dk + skip * ld_k, ld_k, true);
-        if (c.d_q.p) {
-            multiply_rows<A, true>(depth, ds, ROWS, k_seen.p, k_seen.ld, plan.Nd, size, dq, ld_k, false);
-        }
+            multiply_rows<E>(size, p_rows, ROWS, g, ld_g, plan.Nv, depth, dv + skip * ld_v, ld_v, true);
+        if (c.d_k.p)
+            multiply_rows<E>(size, ds_rows, ROWS, q, ld_q, plan.Nd, depth, dk + skip * ld_k, ld_k, true);
+        if (c.d_q.p)
+            multiply_along(depth, ds_columns, ROWS * STEP, from_row(kr.right, skip), plan.Nd, size, dq, ld_k,
+                           false, last_pair);
         if (!c.d_q.p && !plan.rows) return;
         if (unit >= plan.groups) wait_for(&shared.done[unit - plan.groups], static_cast<int>(t + 1));
         for (long at = 0; at < count && c.d_q.p; ++at)
@@ -329,6 +294,23 @@ struct BackwardUnit {
                 }
     }
 
+    // The weights and the gradients of the scores of a panel, as the products multiply them.
+    SK_INLINE void make_factors(const A* tile, const A* d_tile, long at, long size) {
+        if constexpr (IN_PAIRS<E>) {
+            for (long key = 0; key < size; ++key) {
+                const A *w = tile + key * LD, *d = d_tile + key * LD;
+                store_both(p_left + key * ROWS + at * W, load<A>(w), load<A>(w + n));
+                store_both(ds_left + key * ROWS + at * W, load<A>(d), load<A>(d + n));
+            }
+            for (long key = 0; key < size; key += STEP) SK_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const A* d = d_tile + key * LD + half * n;
+                const Vec<A> odd = key + 1 < size ? load<A>(d + LD) : Vec<A>{};
+                store_pairs(ds_along + key * ROWS + STEP * (at * W + half * n), load<A>(d), odd);
+            }
+        }
+    }
+
     A row_sums[ROWS];
 
     // ds = p (dp - delta), in place of dp. A weight of 0 takes no gradient, not even that of a NaN.
@@ -337,8 +319,8 @@ struct BackwardUnit {
         const A scale = factor_of_scores();
         for (long key = 0; key < size; ++key) SK_UNROLL
         for (int half = 0; half < 2; ++half) {
-            const Vec<A> w = load<A>(tile + key * ROWS + half * n);
-            A* to = d_tile + key * ROWS + half * n;
+            const Vec<A> w = load<A>(tile + key * LD + half * n);
+            A* to = d_tile + key * LD + half * n;
             const Vec<A> d = w * (load<A>(to) - taken[half]) * scale;
             store<A>(to, w == 0 ? Vec<A>{} : d);
         }
@@ -363,8 +345,8 @@ struct BackwardUnit {
                     // a vector of two lanes is filled two keys at a time
                     if (n < 4 && j == n && c.grad_weights.p)
                         given.template keys<S>(half, first + n, count - n, dw);
-                    A* p_at = tile + (first - seen.begin + j) * ROWS + half * n;
-                    A* d_at = d_tile + (first - seen.begin + j) * ROWS + half * n;
+                    A* p_at = tile + (first - seen.begin + j) * LD + half * n;
+                    A* d_at = d_tile + (first - seen.begin + j) * LD + half * n;
                     const Vec<A> w = load<A>(p_at),
                                  dp = (load<A>(d_at) + dw[j % n] * weight_share()) * kept[half][j];
                     store<A>(p_at, w * kept[half][j]);
@@ -386,7 +368,7 @@ struct BackwardUnit {
         Vec<A> slope[2] = {}, row[2] = {};
         for (long key = 0; key < seen.end - seen.begin; ++key) SK_UNROLL
         for (int half = 0; half < 2; ++half) {
-            const Vec<A> d = load<A>(d_tile + key * ROWS + half * n);
+            const Vec<A> d = load<A>(d_tile + key * LD + half * n);
             const I from = static_cast<Lane>(seen.begin + key) - scores.place[half];
             slope[half] -= d * __builtin_convertvector(from < 0 ? -from : from, Vec<A>);
             row[half] += d;
@@ -410,20 +392,20 @@ struct BackwardUnit {
             for (long key = 0; key < size; ++key)
                 for (long lane = 0; lane < panel.count; ++lane)
                     shared.columns[(s.b * c.Hq + panel.h[one ? 0 : lane]) * c.S + seen.begin + key] +=
-                        d_tile[key * ROWS + lane];
+                        d_tile[key * LD + lane];
         } else if (c.d_bias.p && !plan.rows) {
             const long before = unit_before(unit);
             if (before >= 0) wait_for(&shared.done[before], past_queries(s, panel, t * TOGETHER + at));
             long offsets[W];
             for (long lane = 0; lane < W; ++lane) offsets[lane] = place_in_d_bias(s, panel, lane, seen);
-            tile_to_rows<A, true>(d_tile, ROWS, size, panel.count, static_cast<A*>(c.d_bias.p), offsets);
+            tile_to_rows<A, true>(d_tile, LD, size, panel.count, static_cast<A*>(c.d_bias.p), offsets);
         }
         const A scale = static_cast<A>(c.scale);
         for (long key = 0; key < size; ++key) SK_UNROLL
         for (int half = 0; half < 2; ++half) {
-            A* to = d_tile + key * ROWS + half * n;
+            A* to = d_tile + key * LD + half * n;
             Vec<A> d = load<A>(to) * scale;
-            if (cap_slope) d *= load<A>(cap_slope + key * ROWS + at * W + half * n);
+            if (cap_slope) d *= load<A>(cap_slope + key * LD + at * W % LD + half * n);
             store<A>(to, d);
         }
     }

@@ -100,5 +100,6 @@ struct AttentionTable {
 const AttentionTable* attention_baseline_table();
 const AttentionTable* attention_avx2_table();
 const AttentionTable* attention_avx512_table();
+const AttentionTable* attention_avx512bf16_table();
 
 }  // namespace seqkern

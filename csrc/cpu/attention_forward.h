@@ -175,26 +175,30 @@ void finish_panel(const AttentionForward& c, const Sequence& s, const Panel<A>& 
 
 template <class A, class S>
 struct ForwardUnit {
+    using E = FactorOf<A, S>;
     static constexpr long n = Simd<A>::n, W = 2 * n, MOST = ForwardPlan<A>::MOST;
     const AttentionForward& c;
     const ForwardPlan<A> plan;
-    A *columns, *rows, *tile, *k, *v, *own;
+    A *rows, *tile, *v, *own;
+    E *columns, *k, *left, *right, *last_pair;  // the last three: weights and values in pairs
     Panel<A> panels[MOST];
+    unsigned long used = 0;  // numbers of memory
 
-    static unsigned long numbers(const AttentionForward& c) {
-        const ForwardPlan<A> plan(c);
-        return MOST * c.D * W + W * buffer_ld<A>(c.D) + KEYS * W +
-               KEYS * (buffer_ld<A>(c.D) + buffer_ld<A>(c.Dv)) + MOST * plan.panel_size() + 6 * n;
-    }
+    static unsigned long numbers(const AttentionForward& c) { return ForwardUnit(c, nullptr).used; }
 
     ForwardUnit(const AttentionForward& c, A* memory) : c(c), plan(c) {
-        auto take = [&](long count) {
-            A* p = memory;
-            memory += ceil_div(count, n) * n;
+        const auto take = [&](long count) {
+            A* p = memory ? memory + used : nullptr;
+            used += static_cast<unsigned long>(padded<A>(count));
             return p;
         };
-        columns = take(MOST * c.D * W), rows = take(W * buffer_ld<A>(c.D)), tile = take(KEYS * W);
-        k = take(KEYS * buffer_ld<A>(c.D)), v = take(KEYS * buffer_ld<A>(c.Dv));
+        const auto factors = [&](long count) { return reinterpret_cast<E*>(take(numbers_for<A, E>(count))); };
+        const long ld_k = buffer_ld<A>(c.D), ld_v = buffer_ld<A>(c.Dv);
+        columns = factors(MOST * columns_size<E>(c.D));
+        rows = take(W * ld_k), tile = take(KEYS * W), k = factors(KEYS * ld_k), v = take(KEYS * ld_v);
+        left = IN_PAIRS<E> ? factors(KEYS * W) : nullptr;
+        right = IN_PAIRS<E> ? factors(KEYS * ld_v) : nullptr;
+        last_pair = IN_PAIRS<E> ? factors(right_ld<E>(c.Dv)) : nullptr;
         own = take(MOST * plan.panel_size());
     }
 
@@ -251,8 +255,13 @@ struct ForwardUnit {
                 some = {min_of(some.begin, spans[p].begin), max_of(some.end, spans[p].end)};
             for (long lane = 0; lane < W; ++lane)
                 running[p].m[lane] = -static_cast<A>(__builtin_inf()), running[p].l[lane] = 0;
-            panel_rows<A, S>(rows, c.q, s, panels[p], c.D, query_factor<A>(c));
-            if (!plan.few) panel_columns<A>(columns + p * c.D * W, rows, panels[p].count, c.D);
+            if (plan.few) {
+                panel_rows<A, S>(rows, c.q, s, panels[p], c.D, query_factor<A>(c));
+            } else {
+                E* const own_rows = reinterpret_cast<E*>(rows);
+                panel_rows<E, S>(own_rows, c.q, s, panels[p], c.D, query_factor<A>(c));
+                panel_columns(columns + p * columns_size<E>(c.D), own_rows, panels[p].count, c.D);
+            }
         }
         bool begun[MOST] = {};
         // One panel or two do not earn a copy back where tiles have few rows.
@@ -264,9 +273,8 @@ struct ForwardUnit {
         for (long from = some.begin / KEYS * KEYS; from < some.end; from += KEYS) {
             const Span keys{max_of(from, some.begin), min_of(from + KEYS, some.end)};
             const Span there{s.from_k + keys.begin, s.from_k + keys.end};
-            const Rows<A> kr = block<A, S>(c.k, s, kv_head, there, c.D, k, once, Reads::numbers);
-            const Rows<A> vr = without_unseen<A>(
-                c, s, panels, count, block<A, S>(c.v, s, kv_head, there, c.Dv, v, once), keys, c.Dv, v);
+            const Rows<E> kr = block<E, S>(c.k, s, kv_head, there, c.D, k, once, Reads::numbers);
+            const Rows<E> vr = values(s, kv_head, count, keys, there, once);
             const bool last = keys.end == some.end;
             const Ahead next_k = last ? after.k : rows_ahead<S>(c.k, s, kv_head, keys.end, some.end, c.D),
                         next_v = last ? after.v : rows_ahead<S>(c.v, s, kv_head, keys.end, some.end, c.Dv);
@@ -278,9 +286,11 @@ struct ForwardUnit {
                 const bool half = panels[p].count <= n;
                 A* const weights = kept ? kept->weights + p * kept->of_panel + here.begin * W : tile;
                 const auto multiply = [&] {
-                    (half ? gemm<A, 1> : gemm<A, 2>)(size, kr.p + skip * kr.ld, kr.ld,
-                                                     {columns + p * c.D * W, W, 0}, 1, c.D, weights, W, 0,
-                                                     false, nullptr, asks ? &next_k : nullptr);
+                    (half ? gemm<E, 1> : gemm<E, 2>)(size, kr.p + skip * kr.ld, kr.ld,
+                                                     panel_of_columns(columns + p * columns_size<E>(c.D)), 1,
+                                                     c.D, weights, W, 0, false, nullptr,
+                                                     asks ? &next_k : nullptr);
+                    scale_behind<E>(c, weights, W, size);
                 };
                 if (Scores<A>::untouched(c, s, panels[p]).holds(here)) {
                     multiply();
@@ -303,9 +313,12 @@ struct ForwardUnit {
                     store<A>(kept->tops + p * kept->tops_of_panel + from / KEYS * W + half * n,
                              load<A>(running[p].m + half * n));
                 if (c.dropout_p > 0) drop_weights<A>(Dropout<A>(c, s, panels[p]), weights, here);
-                multiply_rows<A, true>(panels[p].count, weights, paired ? n / 2 : W, vr.p + skip * vr.ld,
-                                       vr.ld, plan.Nv, size, running[p].out, plan.Nv + n, begun[p],
-                                       asks ? &next_v : nullptr);
+                E* const room = IN_PAIRS<E> && !kept ? reinterpret_cast<E*>(weights) : left;
+                const E* const factors = paired ? factors_of_pairs<E>(weights, size, room)
+                                                : factors_of_tile<E>(weights, W, size, half ? 1 : 2, room);
+                multiply_along(panels[p].count, factors, (paired ? n / 2 : W) * Factor<E>::depth,
+                               from_row(vr, skip), plan.Nv, size, running[p].out, plan.Nv + n, begun[p],
+                               last_pair, asks ? &next_v : nullptr);
                 if (kept && paired) part_pairs<A>(weights, size);
                 asks = false;
                 begun[p] = true;
@@ -314,6 +327,23 @@ struct ForwardUnit {
         for (long p = 0; p < count && plan.splits == 1; ++p)
             for (long at = 0; !begun[p] && at < W * (plan.Nv + n); at += n)
                 store<A>(running[p].out + at, Vec<A>{});
+    }
+
+    // Values for the matmul, those that no query sees without what is not finite.
+    Rows<E> values(const Sequence& s, long kv_head, long count, Span keys, Span there, bool once) {
+        const auto clean = [&] {
+            return without_unseen<A>(c, s, panels, count, block<A, S>(c.v, s, kv_head, there, c.Dv, v, once),
+                                     keys, c.Dv, v);
+        };
+        if constexpr (IN_PAIRS<E>) {
+            const long size = there.end - there.begin;
+            if (!may_be_unseen(c, s, panels, keys))
+                return pair_rows(right, row_of<S>(c.v, s, kv_head, there.begin), c.v.i, size, c.Dv);
+            const Rows<A> found = clean();
+            return pair_rows(right, found.p, found.ld, size, c.Dv);
+        } else {
+            return clean();
+        }
     }
 
     // The parts of one panel, in the order of the keys.

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention_call.h"
-#include "gemm.h"
+#include "gemm_bf16.h"
 #include "parallel.h"
 
 namespace seqkern {
@@ -117,18 +117,34 @@ SK_INLINE Span overlap(Span a, Span b) {
     return {begin, max_of(begin, min_of(a.end, b.end))};
 }
 
-template <class A>
+// Rows of a factor: those that a matmul broadcasts from, or, ld from one step along k to the next, those that
+// it reads vectors of.
+template <class E>
 struct Rows {
-    const A* p;
+    const E* p;
     long ld;
 };
 
+// What the products multiply: numbers of A or, where one instruction multiplies them, the bfloats that the
+// operands are made of. Weights and the gradients of scores are then rounded to bfloats, as the output is,
+// and the factor of the scores comes behind the product.
+template <class A, class S>
+using FactorOf = typename FactorsOf<A, S>::E;
+template <class E>
+constexpr bool IN_PAIRS = Factor<E>::depth > 1;
+
+// Numbers of A that hold as many of E.
+template <class A, class E>
+SK_INLINE constexpr long numbers_for(long count) {
+    return ceil_div(count * static_cast<long>(sizeof(E)), sizeof(A));
+}
+
 // Rows that a matmul can read where they lie. Rows a large power of two apart would share a few cache sets:
 // of tiles with few registers, which read a row more often, fewer apart than of others.
-template <class A, class S>
+template <class E, class S>
 SK_INLINE bool lies_well(long ld) {
     constexpr long apart = SEQKERN_ACCUMULATORS < 16 ? 1024 : 4096;
-    return __is_same(A, S) && ld * static_cast<long>(sizeof(A)) % apart != 0;
+    return __is_same(E, S) && ld * static_cast<long>(sizeof(E)) % apart != 0;
 }
 
 // How much of a row a matmul reads: as many numbers as there are, or whole vectors, of which the rest is kept
@@ -142,17 +158,22 @@ SK_INLINE void copy_scaled(A* to, const S* from, long size, A factor) {
 }
 
 // Rows of x for a matmul; what is read once only is not copied for the cache's sake.
-template <class A, class S>
-SK_INLINE Rows<A> block(const Operand& x, const Sequence& s, long h, Span rows, long size, A* buffer,
+template <class E, class S>
+SK_INLINE Rows<E> block(const Operand& x, const Sequence& s, long h, Span rows, long size, E* buffer,
                         bool once = false, Reads reads = Reads::vectors) {
+    using A = Sum<E>;
     const S* from = row_of<S>(x, s, h, rows.begin);
-    const long most = reads == Reads::vectors ? padded<A>(size) : size;
-    // What lies behind a row may be read up to the end of the last one.
-    const bool there = most == size || most - size <= (s.from_k + s.S - rows.end) * x.i;
-    if (there && lies_well<A, S>(once ? 1 : x.i)) return {reinterpret_cast<const A*>(from), x.i};
+    const long most = reads == Reads::vectors ? padded<A>(size) : whole_steps<E>(size);
+    // What lies behind a row may be read up to the end of the last one, unless it is multiplied.
+    const bool there = most == size || (!IN_PAIRS<E> && most - size <= (s.from_k + s.S - rows.end) * x.i);
+    if (there && lies_well<E, S>(once ? 1 : x.i)) return {reinterpret_cast<const E*>(from), x.i};
     const long ld = buffer_ld<A>(size);
-    for (long r = 0; r < rows.end - rows.begin; ++r)
-        copy_scaled<A, S>(buffer + r * ld, from + r * x.i, size, 1);
+    for (long r = 0; r < rows.end - rows.begin; ++r) {
+        if constexpr (IN_PAIRS<E>)
+            factor_row(buffer + r * ld, from + r * x.i, size);
+        else
+            copy_scaled<A, S>(buffer + r * ld, from + r * x.i, size, 1);
+    }
     return {buffer, ld};
 }
 
@@ -164,23 +185,93 @@ SK_INLINE Ahead rows_ahead(const Operand& x, const Sequence& s, long h, long fir
             min_of(KEYS, end - first), max_of(1, ceil_div(size * static_cast<long>(sizeof(S)), 64))};
 }
 
-// The rows of a panel of x, times a factor, row-major: [count][buffer_ld].
-template <class A, class S>
-SK_INLINE void panel_rows(A* to, const Operand& x, const Sequence& s, const Panel<A>& panel, long size,
-                          A factor) {
-    const long ld = buffer_ld<A>(size);
-    for (long lane = 0; lane < panel.count; ++lane)
-        copy_scaled<A, S>(to + lane * ld, row_of<S>(x, s, panel.h[lane], s.from_q + panel.i[lane]), size,
-                          factor);
+// The rows of a panel of x, row-major: [count][buffer_ld]. Numbers of A are multiplied with the factor.
+template <class E, class S>
+SK_INLINE void panel_rows(E* to, const Operand& x, const Sequence& s, const Panel<Sum<E>>& panel, long size,
+                          Sum<E> factor) {
+    const long ld = buffer_ld<Sum<E>>(size);
+    for (long lane = 0; lane < panel.count; ++lane) {
+        const S* row = row_of<S>(x, s, panel.h[lane], s.from_q + panel.i[lane]);
+        if constexpr (IN_PAIRS<E>)
+            factor_row(to + lane * ld, row, size);
+        else
+            copy_scaled<E, S>(to + lane * ld, row, size, factor);
+    }
 }
 
 // The same as a panel of the matmul: [size][W], zeros in lanes without a query.
-template <class A>
-SK_INLINE void panel_columns(A* to, const A* rows, long count, long size) {
+template <class E>
+SK_INLINE void panel_columns(E* to, const E* rows, long count, long size) {
+    using A = Sum<E>;
     constexpr long n = Simd<A>::n, W = 2 * n;
     for (long half = 0; half < 2; ++half)
-        pack_transposed<A>(to + half * n, W, rows + half * n * buffer_ld<A>(size), buffer_ld<A>(size),
-                           count - half * n, size);
+        pack_transposed<E>(to + half * Factor<E>::width, W, rows + half * n * buffer_ld<A>(size),
+                           buffer_ld<A>(size), count - half * n, size);
+}
+template <class E>
+SK_INLINE Panels<E> panel_of_columns(const E* columns) {
+    return {columns, 2 * Factor<E>::width, 0};
+}
+// Numbers that it takes.
+template <class E>
+SK_INLINE long columns_size(long size) {
+    return whole_steps<E>(size) * 2 * Simd<Sum<E>>::n;
+}
+
+// Rows that a matmul reads vectors of, two rows side by side: [row / 2][right_ld].
+template <class E>
+SK_INLINE long right_ld(long size) {
+    return Factor<E>::depth * buffer_ld<Sum<E>>(size);
+}
+template <class E>
+SK_INLINE Rows<E> from_row(Rows<E> x, long row) {
+    return {x.p + row / Factor<E>::depth * x.ld, x.ld};
+}
+template <class S>
+SK_INLINE Rows<bfloat> pair_rows(bfloat* to, const S* from, long ld, long rows, long size) {
+    const long ld_to = right_ld<bfloat>(size);
+    for (long r = 0; r < rows; r += 2)
+        pack_pair(to + r / 2 * ld_to, padded<float>(size), from + r * ld,
+                  r + 1 < rows ? from + (r + 1) * ld : nullptr, size);
+    return {to, ld_to};
+}
+
+// The rows of a panel of x as such rows, zeros for lanes without a query.
+template <class E, class S>
+SK_INLINE void panel_right(E* to, const Operand& x, const Sequence& s, const Panel<Sum<E>>& panel,
+                           long size) {
+    constexpr long W = Panel<Sum<E>>::W, step = Factor<E>::depth;
+    const long ld = right_ld<E>(size);
+    const auto row = [&](long lane) -> const S* {
+        return lane < panel.count ? row_of<S>(x, s, panel.h[lane], s.from_q + panel.i[lane]) : nullptr;
+    };
+    const long there = x.p ? ceil_div(panel.count, step) * step : 0;
+    for (long lane = 0; lane < there; lane += step) {
+        if constexpr (IN_PAIRS<E>)
+            pack_pair(to + lane / step * ld, padded<Sum<E>>(size), row(lane), row(lane + 1), size);
+        else
+            copy_scaled<E, S>(to + lane * ld, row(lane), size, 1);
+    }
+    for (long at = there / step * ld; at < W / step * ld; ++at) to[at] = E{};
+}
+
+// o[row][0..N) (+)= sum over k of left[k][row] right[k][0..N), of `rows` along k (pairs: left[k /
+// 2][row][2]). What stands beside the last of an odd number of rows is not multiplied; `last` has room for a
+// row.
+template <class E>
+SK_INLINE void multiply_along(long M, const E* left, long lda, Rows<E> right, long N, long rows, Sum<E>* o,
+                              long ldo, bool accumulate, E* last, const Ahead* ask = nullptr) {
+    constexpr long step = Factor<E>::depth;
+    const long whole = rows / step * step;
+    if (whole || !rows)
+        multiply_rows<E, true>(M, left, lda, right.p, right.ld, N, whole, o, ldo, accumulate, ask);
+    if constexpr (IN_PAIRS<E>) {
+        if (whole == rows) return;
+        const E* from = right.p + whole / step * right.ld;
+        for (long at = 0; at < N * step; ++at) last[at] = at % step ? E{} : from[at];
+        multiply_rows<E, true>(M, left + whole / step * lda, lda, last, right.ld, N, step, o, ldo,
+                               accumulate || whole);
+    }
 }
 
 }  // namespace SEQKERN_ISA

@@ -291,6 +291,55 @@ SK_INLINE void exponentials(A* tile, long ld, long keys, const Vec<A>* shift, Ve
     }
 }
 
+// tile[key][ld] times the factor of the scores, where q has met the keys without it.
+template <class E, class A>
+SK_INLINE void scale_behind(const AttentionCall& c, A* tile, long ld, long keys) {
+    if constexpr (IN_PAIRS<E>) {
+        const A factor = query_factor<A>(c);
+        for (long k = 0; k < keys; ++k) SK_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            A* at = tile + k * ld + half * Simd<A>::n;
+            store<A>(at, load<A>(at) * factor);
+        }
+    }
+}
+
+// tile[key][vectors of ld] as the left factor of `multiply_along`: for numbers of A itself, else pairs of
+// keys in `to`, which may be the tile.
+template <class E, class A>
+SK_INLINE const E* factors_of_tile(const A* tile, long ld, long keys, long vectors, E* to) {
+    if constexpr (IN_PAIRS<E>) {
+        constexpr long n = Simd<A>::n;
+        for (long k = 0; k < keys; k += 2) {
+            Vec<A> even, odd;
+            for (long v = 0; v < vectors; ++v) {
+                even = load<A>(tile + k * ld + v * n);
+                odd = k + 1 < keys ? load<A>(tile + (k + 1) * ld + v * n) : Vec<A>{};
+                store_pairs(to + k * ld + 2 * v * n, even, odd);
+            }
+        }
+        return to;
+    } else {
+        return tile;
+    }
+}
+
+// The same for two keys to a vector, [key][n / 2].
+template <class E, class A>
+SK_INLINE const E* factors_of_pairs(const A* tile, long keys, E* to) {
+    if constexpr (IN_PAIRS<E>) {
+        constexpr long n = Simd<A>::n, pair = n / 2;
+        constexpr auto swapped = lanes<A>([](int i) { return (i + pair) % n; });
+        for (long k = 0; k < keys; k += 2) {
+            const Vec<A> both = load<A>(tile + k * pair);
+            store_pairs(to + k * pair, both, __builtin_shuffle(both, swapped));
+        }
+        return to;
+    } else {
+        return tile;
+    }
+}
+
 template <class A>
 SK_INLINE bool is_finite(const A* row, long size) {
     bool finite = true;
@@ -298,13 +347,19 @@ SK_INLINE bool is_finite(const A* row, long size) {
     return finite;
 }
 
+// Whether some key may be seen by no query of these panels: where a mask is given, and before a window, whose
+// first keys are those of a whole vector.
+template <class A>
+SK_INLINE bool may_be_unseen(const AttentionCall& c, const Sequence& s, const Panel<A>* panels, Span keys) {
+    return c.mask.p || (c.left >= 0 && keys.begin < panels[0].first + s.d - c.left);
+}
+
 // A row that no query of these panels sees and that is not finite is zeroed in a copy, for a weight of 0
-// times NaN would be NaN. There are such rows where a mask is given, and before a window, whose first keys
-// are those of a whole vector.
+// times NaN would be NaN.
 template <class A>
 SK_APART Rows<A> without_unseen(const AttentionCall& c, const Sequence& s, const Panel<A>* panels, long count,
                                 Rows<A> rows, Span keys, long size, A* buffer) {
-    if (!c.mask.p && (c.left < 0 || keys.begin >= panels[0].first + s.d - c.left)) return rows;
+    if (!may_be_unseen(c, s, panels, keys)) return rows;
     constexpr long n = Simd<A>::n;
     constexpr int together = 4;  // sums that need not wait for one another
     const long last = keys.end - keys.begin - 1;

@@ -42,17 +42,18 @@ SK_INLINE void tile_to_rows(const A* tile, long ld, long keys, long count, T* to
 
 // What makes a panel's weights again: its queries as a matmul reads them, and what its scores are measured
 // against.
-template <class A>
+template <class E>
 struct Again {
-    A* columns;  // [D][W]
-    A* lse;      // [W], in units of log 2; +inf in lanes without a query or a key
+    E* columns;   // [D][W]
+    Sum<E>* lse;  // [W], in units of log 2; +inf in lanes without a query or a key
 };
 
-template <class A, class S>
-SK_INLINE void prepare_again(const AttentionCall& c, const Sequence& s, const Panel<A>& panel,
-                             const Operand& lse, A* rows, const Again<A>& again) {
-    panel_rows<A, S>(rows, c.q, s, panel, c.D, query_factor<A>(c));
-    panel_columns<A>(again.columns, rows, panel.count, c.D);
+template <class E, class S>
+SK_INLINE void prepare_again(const AttentionCall& c, const Sequence& s, const Panel<Sum<E>>& panel,
+                             const Operand& lse, E* rows, const Again<E>& again) {
+    using A = Sum<E>;
+    panel_rows<E, S>(rows, c.q, s, panel, c.D, query_factor<A>(c));
+    panel_columns(again.columns, rows, panel.count, c.D);
     const A nothing = static_cast<A>(__builtin_inf());
     for (long lane = 0; lane < Panel<A>::W; ++lane) {
         const A found =
@@ -62,33 +63,40 @@ SK_INLINE void prepare_again(const AttentionCall& c, const Sequence& s, const Pa
 }
 
 // tile[key][ld] of these keys: the weights before dropout. keys_from is the row of the first of them.
-template <class A, class S>
-SK_INLINE void weights_again(const Scores<A>& scores, const Again<A>& again, Rows<A> keys_from, Span keys,
-                             A* tile, long ld, A* cap_slope) {
-    constexpr long n = Simd<A>::n, W = 2 * n;
-    const long count = keys.end - keys.begin, D = scores.c.D;
+template <class E, class S>
+SK_INLINE void weights_again(const Scores<Sum<E>>& scores, const Again<E>& again, Rows<E> keys_from,
+                             Span keys, Sum<E>* tile, long ld, Sum<E>* cap_slope) {
+    using A = Sum<E>;
+    const long count = keys.end - keys.begin;
     scores.template fetch<S>(keys);
-    gemm<A, 2>(count, keys_from.p, keys_from.ld, {again.columns, W, 0}, 1, D, tile, ld, 0, false);
+    gemm<E, 2>(count, keys_from.p, keys_from.ld, panel_of_columns(again.columns), 1, scores.c.D, tile, ld, 0,
+               false);
+    scale_behind<E>(scores.c, tile, ld, count);
     scores.template apply<S>(tile, ld, keys, cap_slope);
-    const Vec<A> lse[2] = {load<A>(again.lse), load<A>(again.lse + n)};
+    const Vec<A> lse[2] = {load<A>(again.lse), load<A>(again.lse + Simd<A>::n)};
     exponentials<A, 2, 1, true>(tile, ld, count, lse, nullptr);
 }
 
 template <class A, class S>
 struct WeightsUnit {
+    using E = FactorOf<A, S>;
     static constexpr long n = Simd<A>::n, W = 2 * n;
     const AttentionForward& c;
-    const long of_head;  // numbers of an Again
-    A *rows, *tile, *sum, *k, *queries;
+    E *rows, *k, *columns;  // columns, lse: of each head that is added up
+    A *tile, *sum, *lse_rows;
+    unsigned long used = 0;  // numbers of memory
 
-    static unsigned long numbers(const AttentionForward& c) {
-        const long heads = c.mean ? c.Hq : 1;
-        return W * buffer_ld<A>(c.D) + 2 * KEYS * W + KEYS * buffer_ld<A>(c.D) + heads * (c.D + 1) * W +
-               4 * n;
-    }
-    WeightsUnit(const AttentionForward& c, A* memory) : c(c), of_head((c.D + 1) * W) {
-        rows = memory, tile = rows + W * buffer_ld<A>(c.D), sum = tile + KEYS * W, k = sum + KEYS * W;
-        queries = k + KEYS * buffer_ld<A>(c.D);
+    static unsigned long numbers(const AttentionForward& c) { return WeightsUnit(c, nullptr).used; }
+    WeightsUnit(const AttentionForward& c, A* memory) : c(c) {
+        const auto take = [&](long count) {
+            A* p = memory ? memory + used : nullptr;
+            used += static_cast<unsigned long>(padded<A>(count));
+            return p;
+        };
+        const auto factors = [&](long count) { return reinterpret_cast<E*>(take(numbers_for<A, E>(count))); };
+        const long heads = c.mean ? c.Hq : 1, ld = buffer_ld<A>(c.D);
+        rows = factors(W * ld), tile = take(KEYS * W), sum = take(KEYS * W), k = factors(KEYS * ld);
+        columns = factors(heads * columns_size<E>(c.D)), lse_rows = take(heads * W);
     }
 
     // The queries first.. of heads [from, to), their weights added up.
@@ -97,11 +105,10 @@ struct WeightsUnit {
         const Operand lse{c.lse.p, c.lse.b, c.lse.h, c.lse.i};
         const A share = static_cast<A>(1) / static_cast<A>(to - from);
         const auto again = [&](long h) {
-            A* own = queries + (h - from) * of_head;
-            return Again<A>{own + W, own};
+            return Again<E>{columns + (h - from) * columns_size<E>(c.D), lse_rows + (h - from) * W};
         };
         for (long h = from; h < to; ++h)
-            prepare_again<A, S>(c, s, panel_of_head<A>(h, first, s.L), lse, rows, again(h));
+            prepare_again<E, S>(c, s, panel_of_head<A>(h, first, s.L), lse, rows, again(h));
         for (long begin = 0; begin < s.S; begin += KEYS) {
             const Span keys{begin, min_of(begin + KEYS, s.S)};
             for (long at = 0; at < KEYS * W; at += n) store<A>(sum + at, Vec<A>{});
@@ -109,9 +116,9 @@ struct WeightsUnit {
             const Span here = overlap(seen_by_some<A>(c, s, panel.first, panel.last), keys);
             for (long h = from; h < to && !here.empty(); ++h) {
                 panel = panel_of_head<A>(h, first, s.L);
-                const Rows<A> kr =
-                    block<A, S>(c.k, s, h / (c.Hq / c.Hkv), here, c.D, k, false, Reads::numbers);
-                weights_again<A, S>(Scores<A>(c, s, panel), again(h), kr, here, tile, W, nullptr);
+                const Rows<E> kr =
+                    block<E, S>(c.k, s, h / (c.Hq / c.Hkv), here, c.D, k, false, Reads::numbers);
+                weights_again<E, S>(Scores<A>(c, s, panel), again(h), kr, here, tile, W, nullptr);
                 if (c.dropout_p > 0) drop_weights<A>(Dropout<A>(c, s, panel), tile, here);
                 A* to_sum = sum + (here.begin - keys.begin) * W;
                 for (long at = 0; at < (here.end - here.begin) * W; at += n)

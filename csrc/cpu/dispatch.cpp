@@ -53,7 +53,7 @@ const std::vector<Isa>& tables() {
             {"baseline", isa_baseline_table, attention_baseline_table, linear_baseline_table},
             {"avx2", isa_avx2_table, attention_avx2_table, linear_avx2_table},
             {"avx512", isa_avx512_table, attention_avx512_table, linear_avx512_table},
-            {"avx512bf16", isa_avx512bf16_table, attention_avx512_table, linear_avx512bf16_table},
+            {"avx512bf16", isa_avx512bf16_table, attention_avx512bf16_table, linear_avx512bf16_table},
         };
         // A table is asked for only where it runs: making it may take instructions of its own.
         std::vector<Isa> list;

@@ -282,8 +282,9 @@ constexpr int CHAINS_OF_A_ROW = Factor<E>::depth == 1 ? 4 : 8;
 constexpr long AHEAD_OF_A_ROW = 4096;
 
 // o[panel][W] (+)= a[K] b[panel][K][W], packed panels one after the other: a single stream, which comes twice
-// as fast as several that are read by turns (docs/decisions.md). With few vectors each k-th step has sums of
-// its own, so this is for products of one row whatever the split: a tile's sums join in another order.
+// as fast as several that are read by turns (docs/decisions.md). With few vectors steps along k go by turns
+// to several sets of sums, joined at the end of a block, so this is for products of one row whatever the
+// split: a tile's sums join in another order.
 template <class E, int NV>
 SK_APART void row_times(const E* a, const Panels<E>& b, long panels, long K, Sum<E>* o, long o_stride,
                         bool accumulate) {
@@ -337,16 +338,18 @@ SK_INLINE void gemm_led(long M, Lead<E> lead, const E* a, long lda, const E* b, 
     }
 }
 
-// o[row][0..N) (+)= sum over k of a[row][k] (KMAJOR: a[k][row]) b[k][0..N), all row-major; N is a whole
-// number of vectors.
-template <class A, bool KMAJOR = false>
-void multiply_rows(long M, const A* a, long lda, const A* b, long ldb, long N, long K, A* o, long ldo,
+// o[row][0..N) (+)= sum over k of a[row][k] (KMAJOR: a[k][row]) b[k][0..N), all row-major, ldb from one step
+// along k to the next; N is a whole number of vectors.
+template <class E, bool KMAJOR = false>
+void multiply_rows(long M, const E* a, long lda, const E* b, long ldb, long N, long K, Sum<E>* o, long ldo,
                    bool accumulate, const Ahead* ask = nullptr) {
-    constexpr long n = Simd<A>::n, W = 2 * n;
+    constexpr long n = Simd<Sum<E>>::n, W = 2 * n, STEP = Factor<E>::depth;
     const long whole = N / W;
-    if (whole) gemm<A, 2, KMAJOR>(M, a, lda, {b, ldb, W}, whole, K, o, ldo, W, accumulate, nullptr, ask);
+    if (whole)
+        gemm<E, 2, KMAJOR>(M, a, lda, {b, ldb, W * STEP}, whole, K, o, ldo, W, accumulate, nullptr, ask);
     if (N % W)
-        gemm<A, 1, KMAJOR>(M, a, lda, {b + whole * W, ldb, n}, 1, K, o + whole * W, ldo, n, accumulate);
+        gemm<E, 1, KMAJOR>(M, a, lda, {b + whole * W * STEP, ldb, n * STEP}, 1, K, o + whole * W, ldo, n,
+                           accumulate);
 }
 
 // n x n transpose in log2(n) rounds of interleaving.

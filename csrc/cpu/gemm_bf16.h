@@ -66,6 +66,7 @@ template <>
 struct FactorsOf<float, bfloat> {
     using E = bfloat;
 };
+SK_TILES(bfloat, extern)
 #endif
 
 // The bfloats of n numbers, one in each lane, zeros behind them.
@@ -77,6 +78,30 @@ SK_INLINE typename Simd<float>::U bfloat_bits(const S* p, long n) {
         return rounded_bits<float>(load_n<float>(p, n));
     }
 }
+
+// Two vectors as bfloats: their numbers in pairs, or one vector behind the other.
+#ifdef SEQKERN_BF16_DOT
+typedef short BfloatBits __attribute__((vector_size(64)));
+SK_INLINE BfloatBits bfloats_of(Vec<float> first, Vec<float> second) {
+    return (BfloatBits)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+SK_INLINE void store_pairs(bfloat* to, Vec<float> even, Vec<float> odd) {
+    constexpr BfloatBits by_turns = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    Factor<bfloat>::store(to, (Simd<float>::U)__builtin_shuffle(bfloats_of(even, odd), by_turns));
+}
+SK_INLINE void store_both(bfloat* to, Vec<float> first, Vec<float> second) {
+    Factor<bfloat>::store(to, (Simd<float>::U)bfloats_of(first, second));
+}
+#else
+SK_INLINE void store_pairs(bfloat* to, Vec<float> even, Vec<float> odd) {
+    Factor<bfloat>::store(to, rounded_bits<float>(even) | rounded_bits<float>(odd) << 16);
+}
+SK_INLINE void store_both(bfloat* to, Vec<float> first, Vec<float> second) {
+    store_whole<float>(to, first);
+    store_whole<float>(to + Simd<float>::n, second);
+}
+#endif
 
 // Two rows of a panel: to[0..W)[2] = (even[j], odd[j]) for j < columns, zeros behind; no `odd` behind an odd
 // K.

@@ -9,6 +9,7 @@ namespace seqkern {
 namespace SEQKERN_ISA {
 
 #ifdef SEQKERN_BF16_DOT
+SK_TILES(bfloat)
 #define SK_FOR_DTYPE(dtype, CellT, CALL) CALL(CellT, float, bfloat)
 #define SK_UNLESS_BF16(call, c, ...) \
     if (c.dtype != Dtype::bf16) return isa_avx512_table()->call(c __VA_OPT__(, ) __VA_ARGS__)

@@ -94,14 +94,19 @@ void gates_times(long rows, const E* a, long lda, const E* packed, long first, l
 // Whether a layer's steps multiply one row whatever the split. Those whose weights are packed take row_times.
 SK_INLINE bool steps_of_one_row(const Layer& c) { return SEQKERN_VECTOR_BYTES == 64 && c.B == 1; }
 
+// Panel `first` and those behind it, of W columns each, in a factor packed for K steps.
+template <class E>
+SK_INLINE Panels<E> packed_panels(const E* packed, long K, int W, long first) {
+    const long stride = whole_steps<E>(K) * W;
+    return {packed + first * stride, W * Factor<E>::depth, stride};
+}
+
 // What gates_times does, for the one row of a step (see steps_of_one_row).
 template <class CellT, class E, class A>
 void gates_of_row(const E* a, const E* packed, long first, long panels, long K, A* o, long o_stride,
                   bool accumulate) {
     using Sh = Shape<CellT, A>;
-    const long stride = whole_steps<E>(K) * Sh::W;
-    const Panels<E> b{packed + first * stride, Sh::W * Factor<E>::depth, stride};
-    row_times<E, Sh::NV>(a, b, panels, K, o, o_stride, accumulate);
+    row_times<E, Sh::NV>(a, packed_panels(packed, K, Sh::W, first), panels, K, o, o_stride, accumulate);
 }
 
 // o[row][W] = x[row][I] times one panel of w_ih + h[row][P] times that of w_hh, both packed gates.
@@ -126,13 +131,6 @@ void pack_plain(E* to, const S* w, long R, long K, long panel) {
         pack_transposed<E>(to + panel * whole_steps<E>(K) * 2 * n + u * Factor<E>::width, 2 * n, w + row * K,
                            K, R - row, K);
     }
-}
-
-// Panel `first` and those behind it, of W columns each, in a factor packed for K steps.
-template <class E>
-SK_INLINE Panels<E> packed_panels(const E* packed, long K, int W, long first) {
-    const long stride = whole_steps<E>(K) * W;
-    return {packed + first * stride, W * Factor<E>::depth, stride};
 }
 
 }  // namespace SEQKERN_ISA
