@@ -256,8 +256,9 @@ struct BackwardUnit {
             const Scores<A> scores(c, s, panel);
             weights_again<E, S>(scores, again, k_seen, seen, tile, LD,
                                 cap_slope ? cap_slope + at * W % LD : nullptr);
-            ask_for_d_bias(s, panel, seen);
-            gemm<E, 2>(size, v_seen.p, v_seen.ld, panel_of_columns(columns_g), 1, c.Dv, d_tile, LD, 0, false);
+            const Ahead ask = ask_for_d_bias(s, panel, seen);
+            gemm<E, 2>(size, v_seen.p, v_seen.ld, panel_of_columns(columns_g), 1, c.Dv, d_tile, LD, 0, false,
+                       nullptr, &ask);
             if (c.dropout_p > 0 || c.grad_weights.p)
                 weights_back(s, panel, tile, d_tile, at, seen);
             else
@@ -413,13 +414,19 @@ struct BackwardUnit {
     long place_in_d_bias(const Sequence& s, const Panel<A>& panel, long lane, Span seen) const {
         return s.b * c.d_bias.b + panel.h[lane] * c.d_bias.h + panel.i[lane] * c.d_bias.i + seen.begin;
     }
-    // What a product before its use asks for.
-    void ask_for_d_bias(const Sequence& s, const Panel<A>& panel, Span seen) const {
+    // What a product before its use asks for, by itself or here.
+    Ahead ask_for_d_bias(const Sequence& s, const Panel<A>& panel, Span seen) const {
         asm volatile("");  // as in Scores::fetch
-        if (!c.d_bias.p || plan.columns || plan.rows) return;
+        if (!c.d_bias.p || plan.columns || plan.rows) return {};
+        const A* const to = static_cast<const A*>(c.d_bias.p);
+        const long first = place_in_d_bias(s, panel, 0, seen), size = seen.end - seen.begin;
+        const long step = panel.count > 1 ? place_in_d_bias(s, panel, 1, seen) - first : 0;
+        const bool even =
+            place_in_d_bias(s, panel, panel.count - 1, seen) - first == (panel.count - 1) * step;
+        if (ASKS_AHEAD && step && even) return rows_of_lines(to + first, step, panel.count, size);
         for (long lane = 0; lane < panel.count; ++lane)
-            ask_for(static_cast<const A*>(c.d_bias.p) + place_in_d_bias(s, panel, lane, seen),
-                    seen.end - seen.begin);
+            ask_for(to + place_in_d_bias(s, panel, lane, seen), size);
+        return {};
     }
 
     // How far that unit must be to have passed all panels that add to the same rows of d_bias as this one,

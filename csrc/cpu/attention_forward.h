@@ -278,28 +278,30 @@ struct ForwardUnit {
             const bool last = keys.end == some.end;
             const Ahead next_k = last ? after.k : rows_ahead<S>(c.k, s, kv_head, keys.end, some.end, c.D),
                         next_v = last ? after.v : rows_ahead<S>(c.v, s, kv_head, keys.end, some.end, c.Dv);
-            bool asks = ASKS_AHEAD;  // the first panel of a block does
+            bool asks_k = ASKS_AHEAD, asks_v = ASKS_AHEAD;  // a product of a block does, if nothing else
             for (long p = 0; p < count; ++p) {
                 const Span here = overlap(spans[p], keys);
                 if (here.empty()) continue;
                 const long size = here.end - here.begin, skip = here.begin - keys.begin;
                 const bool half = panels[p].count <= n;
                 A* const weights = kept ? kept->weights + p * kept->of_panel + here.begin * W : tile;
-                const auto multiply = [&] {
+                const auto multiply = [&](const Ahead* ask) {
                     (half ? gemm<E, 1> : gemm<E, 2>)(size, kr.p + skip * kr.ld, kr.ld,
                                                      panel_of_columns(columns + p * columns_size<E>(c.D)), 1,
-                                                     c.D, weights, W, 0, false, nullptr,
-                                                     asks ? &next_k : nullptr);
+                                                     c.D, weights, W, 0, false, nullptr, ask);
                     scale_behind<E>(c, weights, W, size);
                 };
-                if (Scores<A>::untouched(c, s, panels[p]).holds(here)) {
-                    multiply();
+                const bool plain = Scores<A>::untouched(c, s, panels[p]).holds(here);
+                const bool first = asks_k && (plain || count == 1);
+                if (plain) {
+                    multiply(first ? &next_k : nullptr);
                 } else {
                     const Scores<A> scores(c, s, panels[p]);
-                    scores.template fetch<S>(here);
-                    multiply();
+                    const Ahead own = scores.template fetch<S>(here, !first);
+                    multiply(first ? &next_k : &own);
                     scores.template apply<S>(weights, W, here, nullptr);
                 }
+                if (first) asks_k = false;
                 const long fading = begun[p] ? panels[p].count : 0;
                 const bool paired = c.dropout_p == 0 && panels[p].count <= n / 2;
                 if (paired) {
@@ -318,9 +320,13 @@ struct ForwardUnit {
                                                 : factors_of_tile<E>(weights, W, size, half ? 1 : 2, room);
                 multiply_along(panels[p].count, factors, (paired ? n / 2 : W) * Factor<E>::depth,
                                from_row(vr, skip), plan.Nv, size, running[p].out, plan.Nv + n, begun[p],
-                               last_pair, asks ? &next_v : nullptr);
+                               last_pair,
+                               asks_v   ? &next_v
+                               : asks_k ? &next_k
+                                        : nullptr);
                 if (kept && paired) part_pairs<A>(weights, size);
-                asks = false;
+                if (!asks_v) asks_k = false;
+                asks_v = false;
                 begun[p] = true;
             }
         }

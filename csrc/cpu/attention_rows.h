@@ -177,12 +177,16 @@ SK_INLINE Rows<E> block(const Operand& x, const Sequence& s, long h, Span rows, 
     return {buffer, ld};
 }
 
-// Rows of x that a product before theirs asks for.
+// Rows of `size` numbers, ld apart, that a product before their use asks for.
+template <class T>
+SK_INLINE Ahead rows_of_lines(const T* first, long ld, long rows, long size) {
+    constexpr long bytes = static_cast<long>(sizeof(T));
+    return {reinterpret_cast<const char*>(first), ld * bytes, rows, max_of(1, ceil_div(size * bytes, 64))};
+}
+// Rows of x so.
 template <class S>
 SK_INLINE Ahead rows_ahead(const Operand& x, const Sequence& s, long h, long first, long end, long size) {
-    const long row_bytes = x.i * static_cast<long>(sizeof(S));
-    return {reinterpret_cast<const char*>(row_of<S>(x, s, h, s.from_k + first)), row_bytes,
-            min_of(KEYS, end - first), max_of(1, ceil_div(size * static_cast<long>(sizeof(S)), 64))};
+    return rows_of_lines(row_of<S>(x, s, h, s.from_k + first), x.i, min_of(KEYS, end - first), size);
 }
 
 // The rows of a panel of x, row-major: [count][buffer_ld]. Numbers of A are multiplied with the factor.

@@ -74,6 +74,15 @@ struct PlaneRows {
         }
     }
 
+    // The same for a product to ask for, step by step; none where rows do not follow one another.
+    template <class T>
+    SK_INLINE Ahead ahead(long rows, Span keys) const {
+        if (!ASKS_AHEAD || !p || j != 1 || rows < 2 || at[1] == at[0]) return {};
+        if (at[rows - 1] - at[0] != (rows - 1) * (at[1] - at[0])) return {};
+        return rows_of_lines(static_cast<const T*>(p) + at[0] + keys.begin, at[1] - at[0], rows,
+                             keys.end - keys.begin);
+    }
+
     // Lane: element of key first + lane in the row of one query, for lane < count.
     template <class T>
     SK_INLINE Vec<A> row(long query, long first, long count) const {
@@ -178,15 +187,24 @@ struct Scores {
         return c.mask.p ? masked(x, mask.template row<unsigned char>(query, first, count)) : x;
     }
 
-    // What comes from memory, masks and biases, is asked for before the matmul whose scores it changes.
+    // What comes from memory, masks and biases, is asked for before the matmul whose scores it changes, or by
+    // it: what is returned.
     template <class S>
-    SK_APART void fetch(Span keys) const {
+    SK_APART Ahead fetch(Span keys, bool by_product) const {
         asm volatile("");  // a function that only asks would be found to do nothing, and its calls left out
+        Ahead found = !by_product      ? Ahead{}
+                      : c.bias_is_wide ? bias.template ahead<A>(panel.count, keys)
+                                       : bias.template ahead<S>(panel.count, keys);
+        if (!found.rows) {
+            if (c.bias_is_wide)
+                bias.template fetch<A>(panel.count, keys);
+            else
+                bias.template fetch<S>(panel.count, keys);
+            if (by_product) found = mask.template ahead<unsigned char>(panel.count, keys);
+            if (found.rows) return found;
+        }
         mask.template fetch<unsigned char>(panel.count, keys);
-        if (c.bias_is_wide)
-            bias.template fetch<A>(panel.count, keys);
-        else
-            bias.template fetch<S>(panel.count, keys);
+        return found;
     }
 
     // Whether the query of a lane sees a key.

@@ -68,9 +68,9 @@ SK_INLINE void weights_again(const Scores<Sum<E>>& scores, const Again<E>& again
                              Span keys, Sum<E>* tile, long ld, Sum<E>* cap_slope) {
     using A = Sum<E>;
     const long count = keys.end - keys.begin;
-    scores.template fetch<S>(keys);
+    const Ahead ask = scores.template fetch<S>(keys, true);
     gemm<E, 2>(count, keys_from.p, keys_from.ld, panel_of_columns(again.columns), 1, scores.c.D, tile, ld, 0,
-               false);
+               false, nullptr, &ask);
     scale_behind<E>(scores.c, tile, ld, count);
     scores.template apply<S>(tile, ld, keys, cap_slope);
     const Vec<A> lse[2] = {load<A>(again.lse), load<A>(again.lse + Simd<A>::n)};
