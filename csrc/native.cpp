@@ -69,6 +69,9 @@ PYBIND11_MODULE(_native, m) {
     m.def("cpu_vendor", &seqkern::cpu_vendor, "amd, intel, or empty for another.");
     m.def("force_isa", &seqkern::force_isa, py::arg("name").none(true),
           "Uses this ISA from now on; None: the best. ValueError if it is not among isas().");
+    m.def("force_order", &seqkern::force_order, py::arg("in_order").none(true),
+          "Whether few queries read keys and values in the order of addresses; None: as the processor does "
+          "best.");
     m.def("num_threads", &seqkern::max_threads, "How many threads a large call from this thread uses.");
     m.def("build_info", &build_info, "Compiler, flags and the version of torch's ABI.");
     m.def("vmath", &vmath<float>, py::arg("name"), py::arg("x").noconvert(),

@@ -48,7 +48,8 @@ struct AttentionForward : AttentionCall {
     Result lse;      // wide, size 1; null: not wanted, which it is with the weights
     Result weights;  // [B, Hq, L, S], or for the mean [B, L, S] with a head stride of 0; null: not wanted
     bool mean;
-    int threads;  // of the team at most; set by the dispatcher
+    int threads;    // of the team at most; set by the dispatcher, as
+    bool in_order;  // memory is read best in the order of addresses, not from several places by turns
 };
 
 struct AttentionBackward : AttentionCall {

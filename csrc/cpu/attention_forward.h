@@ -109,7 +109,7 @@ template <class A>
 struct ForwardPlan {
     static constexpr long n = Simd<A>::n, W = Panel<A>::W, ROWS = 128, MOST = ROWS / W, UNITS = 32,
                           UNITS_OF_A_THREAD = 4;
-    static constexpr long FAR = 16L << 20;  // bytes
+    static constexpr long FAR = 16L << 20;  // bytes: more than caches hold
     // With more queries a panel, of which half is computed and two keys share a softmax's vector, is quicker
     // than lanes of keys: their sums are joined across lanes, which a few multiply-adds each do not pay for.
     static long few_of(long width) {
@@ -123,13 +123,13 @@ struct ForwardPlan {
         return max_of(S, 1);
     }
     long together, blocks, splits, part, Nv;  // panels of a unit, units of a group, parts of the keys, of one
+    long bytes;                               // of all keys and values
     bool few;                                 // queries of a group fit in one vector
-    bool far;                                 // keys and values are more than caches hold
 
     explicit ForwardPlan(const AttentionForward& c)
         : Nv(padded<A>(c.Dv)), few(c.Hq / c.Hkv * c.L <= few_of(c.D + c.Dv)) {
         const long panels = HeadGroup<A>::panels_for(c.Hq / c.Hkv, c.L), groups = c.B * c.Hkv;
-        far = groups * c.S * (c.D + c.Dv) * static_cast<long>(sizeof(A)) > FAR;
+        bytes = groups * c.S * (c.D + c.Dv) * static_cast<long>(sizeof(A));
         part = part_of(groups * panels, c.S, c.L * c.S * (c.D + c.Dv));
         splits = max_of(1, ceil_div(c.S, part));
         const long wanted = c.threads == 1 ? 1 : c.threads * UNITS_OF_A_THREAD;
@@ -267,7 +267,10 @@ struct ForwardUnit {
         // One panel or two do not earn a copy back where tiles have few rows.
         const bool once = SEQKERN_ACCUMULATORS < 16 && count <= 2;
         if (plan.few) {
-            begun[0] = few_queries<A, S>(c, s, kv_head, panels[0], some, rows, tile, v, running[0], plan.far);
+            const bool in_order = c.in_order && can_be_in_order<A>(c, panels[0].count, plan.bytes);
+            begun[0] = (in_order ? few_queries<A, S, 1>
+                                 : few_queries<A, S, STREAMS>)(c, s, kv_head, panels[0], some, rows, tile, v,
+                                                               running[0], plan.bytes > plan.FAR);
             some.end = some.begin;
         }
         for (long from = some.begin / KEYS * KEYS; from < some.end; from += KEYS) {

@@ -1,5 +1,8 @@
 #include "dispatch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <omp.h>
 #include <pthread.h>
 #include <sys/mman.h>
@@ -66,6 +69,27 @@ const std::vector<Isa>& tables() {
 }
 
 std::atomic<const Isa*> forced_isa{nullptr};
+
+// AMD's since "Zen 5": a core takes twice as much in the order of addresses as from several places by turns,
+// where those before it run ahead farther of several (docs/decisions.md).
+bool is_zen5() {
+#if defined(__x86_64__)
+    unsigned int version = 0, ebx, ecx, edx;
+    __builtin_cpu_init();
+    if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &version, &ebx, &ecx, &edx)) return false;
+    const unsigned int family = (version >> 8 & 0xf) + (version >> 20 & 0xff);
+    return family >= 26;
+#else
+    return false;
+#endif
+}
+std::atomic<int> forced_order{-1};
+
+bool reads_in_order() {
+    static const bool best = is_zen5();
+    const int forced = forced_order.load(std::memory_order_relaxed);
+    return forced < 0 ? best : forced;
+}
 
 const Isa& in_use() {
     const Isa* forced = forced_isa.load(std::memory_order_relaxed);
@@ -328,6 +352,8 @@ std::string cpu_vendor() {
     return "";
 }
 
+void force_order(std::optional<bool> in_order) { forced_order = in_order ? *in_order : -1; }
+
 void force_isa(const std::optional<std::string>& name) {
     if (!name) {
         forced_isa = nullptr;
@@ -385,6 +411,7 @@ void scan_backward(const BackwardCall& call) {
 void attention_forward(AttentionForward call) {
     const AttentionTable& table = *in_use().attention;
     call.threads = threads_for(call);
+    call.in_order = reads_in_order();
     run(call, table.forward_shared_bytes(call), table.forward);
 }
 
@@ -396,6 +423,7 @@ void attention_backward(const AttentionBackward& call) {
 void transformer_step(StepCall call) {
     const AttentionTable& table = *in_use().attention;
     call.own.threads = call.memory.threads = threads_for(call);
+    call.own.in_order = call.memory.in_order = reads_in_order();
     run(call, table.step_shared_bytes(call), table.step);
 }
 

@@ -14,7 +14,8 @@ namespace seqkern {
 std::vector<std::string> isas();                         // compiled in and run by this machine, the best last
 std::string cpu_vendor();                                // "amd", "intel" or another: ""
 void force_isa(const std::optional<std::string>& name);  // std::invalid_argument where it is not among them
-const KernelTable& kernels();                            // in use
+void force_order(std::optional<bool> in_order);  // whether few queries read in order; none: by the processor
+const KernelTable& kernels();                    // in use
 
 // Memory of this size is walked through more often than the processor remembers addresses of small pages, and
 // where it is fresh the system clears it page by page.
