@@ -36,10 +36,39 @@ def test_sizes(L, size, S, dtype):
     check_several(dtype, Hq=2, Hkv=2, L=L, S=S, D=size[0], Dv=size[1])
 
 
+# in order: up to four of at most 64 numbers, two of 128 (of doubles half as many numbers), as far as a panel of queries
+# is not the faster
 @pytest.mark.parametrize("G", [2, 3, 4, 5, 8])
-@pytest.mark.parametrize("D", [16, 64, 128])
-def test_heads_that_share_keys(D, G):
-    check_several(Hq=2 * G, Hkv=2, L=1, S=300, D=D)
+@pytest.mark.parametrize("size", [(16, 16), (64, 64), (128, 128), (100, 30)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda x: str(x)[6:])
+def test_heads_that_share_keys(dtype, size, G):
+    check_several(dtype, Hq=2 * G, Hkv=2, L=1, S=300, D=size[0], Dv=size[1])
+
+
+def test_the_two_ways_differ(in_order):
+    """In the order of adding; else the tests here would try one of them twice."""
+    q, k, v = (torch.randn(1, 8, n, 64) for n in (1, 2000, 2000))
+    t = Tensors(q, k, v, *(None,) * 7)
+    found = []
+    for way in (in_order, not in_order):
+        NATIVE.force_order(way)
+        found.append(torch.ops.seqkern.attention(*t, 0.125, 0.0, 0.0, -1, -1, False, 0, 0, "")[0])
+    assert torch.equal(*found) != (NATIVE.isa() in ("avx512", "avx512bf16"))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("D", "Dv", "S"), [(16, 0, 10), (0, 64, 10), (0, 0, 10), (128, 0, 10), (0, 64, 10000)]
+)
+@pytest.mark.parametrize("heads", [4, 16])
+def test_heads_of_no_numbers(heads, D, Dv, S):
+    """The functions refuse them; the op, which may be called by itself, must not crash."""
+    t = Tensors(torch.randn(1, heads, 1, D), torch.randn(1, 4, S, D), torch.randn(1, 4, S, Dv), *(None,) * 7)
+    output = torch.ops.seqkern.attention(*t, 1.0, 0.0, 0.0, -1, -1, False, 0, 0, "")[0]
+    assert output.shape == (1, heads, 1, Dv)
+    torch.testing.assert_close(
+        output, t.value.mean(dim=2, keepdim=True).repeat_interleave(heads // 4, 1) if not D else output
+    )
 
 
 @pytest.mark.parametrize("L", [1, 2])
@@ -66,15 +95,18 @@ def test_bits_do_not_depend_on_threads(options):
 
 
 @pytest.mark.parametrize("D", [64, 20])
-@pytest.mark.parametrize("options", [{"mask": "heads shared"}, {"window": (50, -1)}], ids=["mask", "window"])
-def test_what_no_query_sees_does_not_leak(options, D):
+@pytest.mark.parametrize(
+    ("options", "key"), [({"mask": "heads shared"}, 7), ({"window": (50, -1)}, 98)], ids=["mask", "window"]
+)
+def test_what_no_query_sees_does_not_leak(options, key, D):
+    """A window of 50 begins with key 99, and the first vector of keys before it."""
     case = make_case(B=1, Hq=2, Hkv=2, L=1, S=150, D=D, causal="bottom-right", **options)
     mask = case.tensors.mask
     if mask is not None:
-        mask[..., 7] = False
+        mask[..., key] = False
     want = run(case)
     for x in case.tensors[1:3]:
-        x[:, :, 7] = torch.nan
+        x[:, :, key] = torch.nan
     got = run(case)
     assert all(torch.equal(got[name], x) for name, x in want.items())
 

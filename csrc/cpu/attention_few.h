@@ -131,8 +131,8 @@ SK_INLINE long rows_in_order(long size) {
 template <class A>
 SK_INLINE bool can_be_in_order(const AttentionCall& c, long queries, long bytes) {
     constexpr long narrow = VECTORS_IN_ORDER * Simd<A>::n / 2, memory = 32L << 20;
-    return SEQKERN_VECTOR_BYTES == 64 && c.Dv <= 2 * narrow && queries <= QUERIES_IN_ORDER &&
-           (queries <= 2 || c.Dv <= narrow || bytes > memory);
+    return SEQKERN_VECTOR_BYTES == 64 && c.D > 0 && c.Dv > 0 && c.Dv <= 2 * narrow &&
+           queries <= QUERIES_IN_ORDER && (queries <= 2 || c.Dv <= narrow || bytes > memory);
 }
 
 // How many keys of a block: so many that a stream is a long one, but values that several pairs of queries
@@ -140,6 +140,7 @@ SK_INLINE bool can_be_in_order(const AttentionCall& c, long queries, long bytes)
 template <class A>
 SK_INLINE long keys_in_order(long queries, long Nv, bool copied) {
     constexpr long most = 1024, values = 32768 / static_cast<long>(sizeof(A));
+    static_assert(SEQKERN_VECTOR_BYTES < 64 || 2 * most <= KEYS * Panel<A>::W, "scores fit a tile");
     return queries > 2 ? max_of(Simd<A>::n, min_of(KEYS, values / Nv / Simd<A>::n * Simd<A>::n))
            : copied    ? KEYS
                        : most;
@@ -272,7 +273,7 @@ bool few_queries(const AttentionForward& c, const Sequence& s, long kv_head, con
     const bool changed = !scores.untouched().holds(keys);
     const KeyStreams<T> streams(keys, n);
     const S* k = row_of<S>(c.k, s, kv_head, s.from_k);
-    const bool copied = !__is_same(A, S) || Nv != c.Dv || may_be_unseen(c, s, &panel, keys);
+    const bool copied = !__is_same(A, S) || Nv != c.Dv || may_be_unseen(c, s, panel, keys);
     const long most = T == 1 ? keys_in_order<A>(panel.count, Nv, copied) : KEYS / T, ldt = T * most;
     const long ahead = !far ? 0 : T == 1 ? rows_in_order<S>(c.D) : ROWS_AHEAD;
     bool begun = false;
@@ -308,9 +309,10 @@ bool few_queries(const AttentionForward& c, const Sequence& s, long kv_head, con
             const Span there{s.from_k + first, s.from_k + first + size};
             A* room = v + stream * width * buffer_ld<A>(c.Dv);
             sizes[stream] = size;
-            values[stream] =
-                without_unseen<A>(c, s, &panel, 1, block<A, S>(c.v, s, kv_head, there, c.Dv, room, true),
-                                  {first, first + size}, c.Dv, room);
+            values[stream] = block<A, S>(c.v, s, kv_head, there, c.Dv, room, true);
+            const Span these{first, first + size};
+            if (size && may_be_unseen(c, s, panel, these) && !all_finite(values[stream], size, c.Dv))
+                values[stream] = without_unseen<A>(c, s, panel, values[stream], these, c.Dv, room);
         }
         if constexpr (T == 1)
             values_in_order<A>(values[0], sizes[0], tile, ldt, panel.count, Nv, run.out, begun);

@@ -129,7 +129,7 @@ struct ForwardPlan {
     explicit ForwardPlan(const AttentionForward& c)
         : Nv(padded<A>(c.Dv)), few(c.Hq / c.Hkv * c.L <= few_of(c.D + c.Dv)) {
         const long panels = HeadGroup<A>::panels_for(c.Hq / c.Hkv, c.L), groups = c.B * c.Hkv;
-        bytes = groups * c.S * (c.D + c.Dv) * static_cast<long>(sizeof(A));
+        bytes = groups * c.S * (c.D + c.Dv) * (c.dtype == Dtype::f64 ? 8 : c.dtype == Dtype::f32 ? 4 : 2);
         part = part_of(groups * panels, c.S, c.L * c.S * (c.D + c.Dv));
         splits = max_of(1, ceil_div(c.S, part));
         const long wanted = c.threads == 1 ? 1 : c.threads * UNITS_OF_A_THREAD;
@@ -268,16 +268,21 @@ struct ForwardUnit {
         const bool once = SEQKERN_ACCUMULATORS < 16 && count <= 2;
         if (plan.few) {
             const bool in_order = c.in_order && can_be_in_order<A>(c, panels[0].count, plan.bytes);
-            begun[0] = (in_order ? few_queries<A, S, 1>
-                                 : few_queries<A, S, STREAMS>)(c, s, kv_head, panels[0], some, rows, tile, v,
-                                                               running[0], plan.bytes > plan.FAR);
+            const auto meet = [&]<int T>() {
+                return few_queries<A, S, T>(c, s, kv_head, panels[0], some, rows, tile, v, running[0],
+                                            plan.bytes > plan.FAR);
+            };
+            if constexpr (SEQKERN_VECTOR_BYTES == 64)
+                begun[0] = in_order ? meet.template operator()<1>() : meet.template operator()<STREAMS>();
+            else
+                begun[0] = meet.template operator()<STREAMS>();
             some.end = some.begin;
         }
         for (long from = some.begin / KEYS * KEYS; from < some.end; from += KEYS) {
             const Span keys{max_of(from, some.begin), min_of(from + KEYS, some.end)};
             const Span there{s.from_k + keys.begin, s.from_k + keys.end};
             const Rows<E> kr = block<E, S>(c.k, s, kv_head, there, c.D, k, once, Reads::numbers);
-            const Rows<E> vr = values(s, kv_head, count, keys, there, once);
+            const Values all = values(s, kv_head, panels, count, keys, there, once);
             const bool last = keys.end == some.end;
             const Ahead next_k = last ? after.k : rows_ahead<S>(c.k, s, kv_head, keys.end, some.end, c.D),
                         next_v = last ? after.v : rows_ahead<S>(c.v, s, kv_head, keys.end, some.end, c.Dv);
@@ -292,7 +297,7 @@ struct ForwardUnit {
                     (half ? gemm<E, 1> : gemm<E, 2>)(size, kr.p + skip * kr.ld, kr.ld,
                                                      panel_of_columns(columns + p * columns_size<E>(c.D)), 1,
                                                      c.D, weights, W, 0, false, nullptr, ask);
-                    scale_behind<E>(c, weights, W, size);
+                    scale_behind<E>(c, weights, W, size, half ? 1 : 2);
                 };
                 const bool plain = Scores<A>::untouched(c, s, panels[p]).holds(here);
                 const bool first = asks_k && (plain || count == 1);
@@ -318,6 +323,8 @@ struct ForwardUnit {
                     store<A>(kept->tops + p * kept->tops_of_panel + from / KEYS * W + half * n,
                              load<A>(running[p].m + half * n));
                 if (c.dropout_p > 0) drop_weights<A>(Dropout<A>(c, s, panels[p]), weights, here);
+                const Rows<E> vr =
+                    all.apart ? values(s, kv_head, panels + p, 1, keys, there, once).rows : all.rows;
                 E* const room = IN_PAIRS<E> && !kept ? reinterpret_cast<E*>(weights) : left;
                 const E* const factors = paired ? factors_of_pairs<E>(weights, size, room)
                                                 : factors_of_tile<E>(weights, W, size, half ? 1 : 2, room);
@@ -338,21 +345,26 @@ struct ForwardUnit {
                 store<A>(running[p].out + at, Vec<A>{});
     }
 
-    // Values for the matmul, those that no query sees without what is not finite.
-    Rows<E> values(const Sequence& s, long kv_head, long count, Span keys, Span there, bool once) {
-        const auto clean = [&] {
-            return without_unseen<A>(c, s, panels, count, block<A, S>(c.v, s, kv_head, there, c.Dv, v, once),
-                                     keys, c.Dv, v);
-        };
-        if constexpr (IN_PAIRS<E>) {
-            const long size = there.end - there.begin;
-            if (!may_be_unseen(c, s, panels, keys))
-                return pair_rows(right, row_of<S>(c.v, s, kv_head, there.begin), c.v.i, size, c.Dv);
-            const Rows<A> found = clean();
-            return pair_rows(right, found.p, found.ld, size, c.Dv);
-        } else {
-            return clean();
-        }
+    // Values for the matmul, as the first `count` of `of` see them; apart: each panel must ask for its own.
+    struct Values {
+        Rows<E> rows;
+        bool apart;
+    };
+    Values values(const Sequence& s, long kv_head, const Panel<A>* of, long count, Span keys, Span there,
+                  bool once) {
+        const long size = there.end - there.begin;
+        const bool unseen = may_be_unseen(c, s, of[count - 1], keys);
+        if constexpr (IN_PAIRS<E>)
+            if (!unseen)
+                return {pair_rows(right, row_of<S>(c.v, s, kv_head, there.begin), c.v.i, size, c.Dv), false};
+        Rows<A> found = block<A, S>(c.v, s, kv_head, there, c.Dv, v, once);
+        const bool apart = unseen && !all_finite(found, size, c.Dv);
+        if (apart && count > 1) return {{}, true};
+        if (apart) found = without_unseen<A>(c, s, *of, found, keys, c.Dv, v);
+        if constexpr (IN_PAIRS<E>)
+            return {pair_rows(right, found.p, found.ld, size, c.Dv), false};
+        else
+            return {found, false};
     }
 
     // The parts of one panel, in the order of the keys.

@@ -9,8 +9,8 @@
 namespace seqkern {
 namespace SEQKERN_ISA {
 
-// What q is multiplied with before it meets the keys: scores come out in units of log 2, or as the cap takes
-// them.
+// What q is multiplied with before it meets the keys, or its products with them (`scale_behind`): scores come
+// out in units of log 2, or as the cap takes them.
 template <class A>
 SK_INLINE A query_factor(const AttentionCall& c) {
     return finite<A>(c.softcap > 0 ? c.scale / c.softcap : c.scale * LOG2E);
@@ -309,16 +309,14 @@ SK_INLINE void exponentials(A* tile, long ld, long keys, const Vec<A>* shift, Ve
     }
 }
 
-// tile[key][ld] times the factor of the scores, where q has met the keys without it.
+// tile[key][vectors of ld] times the factor of the scores, where q has met the keys without it.
 template <class E, class A>
-SK_INLINE void scale_behind(const AttentionCall& c, A* tile, long ld, long keys) {
+SK_INLINE void scale_behind(const AttentionCall& c, A* tile, long ld, long keys, long vectors) {
     if constexpr (IN_PAIRS<E>) {
         const A factor = query_factor<A>(c);
-        for (long k = 0; k < keys; ++k) SK_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            A* at = tile + k * ld + half * Simd<A>::n;
-            store<A>(at, load<A>(at) * factor);
-        }
+        for (long k = 0; k < keys; ++k)
+            for (A* at = tile + k * ld; at < tile + k * ld + vectors * Simd<A>::n; at += Simd<A>::n)
+                store<A>(at, load<A>(at) * factor);
     }
 }
 
@@ -365,40 +363,40 @@ SK_INLINE bool is_finite(const A* row, long size) {
     return finite;
 }
 
-// Whether some key may be seen by no query of these panels: where a mask is given, and before a window, whose
-// first keys are those of a whole vector.
+// Whether a panel, or one before it, may not see some of these keys that it meets: where a mask is given, and
+// before a window, whose first keys are those of a whole vector.
 template <class A>
-SK_INLINE bool may_be_unseen(const AttentionCall& c, const Sequence& s, const Panel<A>* panels, Span keys) {
-    return c.mask.p || (c.left >= 0 && keys.begin < panels[0].first + s.d - c.left);
+SK_INLINE bool may_be_unseen(const AttentionCall& c, const Sequence& s, const Panel<A>& last, Span keys) {
+    return c.mask.p || (c.left >= 0 && keys.begin < last.first + s.d - c.left);
 }
 
-// A row that no query of these panels sees and that is not finite is zeroed in a copy, for a weight of 0
-// times NaN would be NaN.
 template <class A>
-SK_APART Rows<A> without_unseen(const AttentionCall& c, const Sequence& s, const Panel<A>* panels, long count,
-                                Rows<A> rows, Span keys, long size, A* buffer) {
-    if (!may_be_unseen(c, s, panels, keys)) return rows;
+SK_INLINE bool all_finite(Rows<A> rows, long count, long size) {
     constexpr long n = Simd<A>::n;
     constexpr int together = 4;  // sums that need not wait for one another
-    const long last = keys.end - keys.begin - 1;
     Vec<A> probe[together] = {};
-    for (long r = 0; r <= last; r += together)
+    for (long r = 0; r < count; r += together)
         for (long at = 0; at < padded<A>(size); at += n) SK_UNROLL
-    for (int i = 0; i < together; ++i) probe[i] += load<A>(rows.p + min_of(r + i, last) * rows.ld + at) * A{};
+    for (int i = 0; i < together; ++i)
+        probe[i] += load<A>(rows.p + min_of(r + i, count - 1) * rows.ld + at) * A{};
     const Vec<A> all = (probe[0] + probe[1]) + (probe[2] + probe[3]);
     bool finite = true;
     for (long lane = 0; lane < n; ++lane) finite = finite && all[lane] == 0;
-    if (finite) return rows;
+    return finite;
+}
+
+// Values, of which those that a panel does not see and that are not finite are zeroed in a copy, for a weight
+// of 0 times NaN would be NaN. Panel by panel: which of them share a block of keys follows the threads.
+template <class A>
+SK_APART Rows<A> without_unseen(const AttentionCall& c, const Sequence& s, const Panel<A>& panel,
+                                Rows<A> rows, Span keys, long size, A* buffer) {
+    const Scores<A> scores(c, s, panel);
     const long ld = buffer_ld<A>(size);
     for (long r = 0; r < keys.end - keys.begin; ++r) {
         if (rows.p != buffer) copy_scaled<A, A>(buffer + r * ld, rows.p + r * rows.ld, size, 1);
         if (is_finite(buffer + r * ld, size)) continue;
         bool seen = false;
-        for (long p = 0; p < count && !seen; ++p) {
-            const Scores<A> scores(c, s, panels[p]);
-            for (long lane = 0; lane < panels[p].count; ++lane)
-                seen = seen || scores.sees(lane, keys.begin + r);
-        }
+        for (long lane = 0; lane < panel.count && !seen; ++lane) seen = scores.sees(lane, keys.begin + r);
         if (!seen)
             for (long at = 0; at < padded<A>(size); ++at) buffer[r * ld + at] = 0;
     }

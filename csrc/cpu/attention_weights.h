@@ -71,7 +71,7 @@ SK_INLINE void weights_again(const Scores<Sum<E>>& scores, const Again<E>& again
     const Ahead ask = scores.template fetch<S>(keys, true);
     gemm<E, 2>(count, keys_from.p, keys_from.ld, panel_of_columns(again.columns), 1, scores.c.D, tile, ld, 0,
                false, nullptr, &ask);
-    scale_behind<E>(scores.c, tile, ld, count);
+    scale_behind<E>(scores.c, tile, ld, count, 2);
     scores.template apply<S>(tile, ld, keys, cap_slope);
     const Vec<A> lse[2] = {load<A>(again.lse), load<A>(again.lse + Simd<A>::n)};
     exponentials<A, 2, 1, true>(tile, ld, count, lse, nullptr);

@@ -93,14 +93,6 @@ SK_INLINE void store_pairs(bfloat* to, Vec<float> even, Vec<float> odd) {
 SK_INLINE void store_both(bfloat* to, Vec<float> first, Vec<float> second) {
     Factor<bfloat>::store(to, (Simd<float>::U)bfloats_of(first, second));
 }
-#else
-SK_INLINE void store_pairs(bfloat* to, Vec<float> even, Vec<float> odd) {
-    Factor<bfloat>::store(to, rounded_bits<float>(even) | rounded_bits<float>(odd) << 16);
-}
-SK_INLINE void store_both(bfloat* to, Vec<float> first, Vec<float> second) {
-    store_whole<float>(to, first);
-    store_whole<float>(to + Simd<float>::n, second);
-}
 #endif
 
 // Two rows of a panel: to[0..W)[2] = (even[j], odd[j]) for j < columns, zeros behind; no `odd` behind an odd

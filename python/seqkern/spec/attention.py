@@ -17,7 +17,7 @@ al. 2022, arXiv:2108.12409; capped scores: Gemma 2, arXiv:2408.00118; sinks: Xia
 
 Sizes: B batch, Hq heads of the queries, Hkv heads of keys and values (Hq = G * Hkv, query head h reads head h // G),
 L queries, S keys, D head size, Dv head size of the values. Half precision is computed in float32 and rounded once at
-the end.
+the end; kernels that multiply bfloat16 numbers round the weights and the gradients of the scores as well.
 """
 
 from collections.abc import Sequence
