@@ -311,7 +311,8 @@ bool few_queries(const AttentionForward& c, const Sequence& s, long kv_head, con
             sizes[stream] = size;
             values[stream] = block<A, S>(c.v, s, kv_head, there, c.Dv, room, true);
             const Span these{first, first + size};
-            if (size && may_be_unseen(c, s, panel, these) && !all_finite(values[stream], size, c.Dv))
+            const long unseen = size ? may_be_unseen(c, s, panel, these) : 0;
+            if (unseen && !all_finite(values[stream], unseen, c.Dv))
                 values[stream] = without_unseen<A>(c, s, panel, values[stream], these, c.Dv, room);
         }
         if constexpr (T == 1)

@@ -353,12 +353,12 @@ struct ForwardUnit {
     Values values(const Sequence& s, long kv_head, const Panel<A>* of, long count, Span keys, Span there,
                   bool once) {
         const long size = there.end - there.begin;
-        const bool unseen = may_be_unseen(c, s, of[count - 1], keys);
+        const long unseen = may_be_unseen(c, s, of[count - 1], keys);
         if constexpr (IN_PAIRS<E>)
             if (!unseen)
                 return {pair_rows(right, row_of<S>(c.v, s, kv_head, there.begin), c.v.i, size, c.Dv), false};
         Rows<A> found = block<A, S>(c.v, s, kv_head, there, c.Dv, v, once);
-        const bool apart = unseen && !all_finite(found, size, c.Dv);
+        const bool apart = unseen && !all_finite(found, unseen, c.Dv);
         if (apart && count > 1) return {{}, true};
         if (apart) found = without_unseen<A>(c, s, *of, found, keys, c.Dv, v);
         if constexpr (IN_PAIRS<E>)

@@ -363,11 +363,12 @@ SK_INLINE bool is_finite(const A* row, long size) {
     return finite;
 }
 
-// Whether a panel, or one before it, may not see some of these keys that it meets: where a mask is given, and
-// before a window, whose first keys are those of a whole vector.
+// How many of the first of these keys a panel, or one before it, may meet without seeing them: all where a
+// mask is given, and those before a window, whose first keys are those of a whole vector.
 template <class A>
-SK_INLINE bool may_be_unseen(const AttentionCall& c, const Sequence& s, const Panel<A>& last, Span keys) {
-    return c.mask.p || (c.left >= 0 && keys.begin < last.first + s.d - c.left);
+SK_INLINE long may_be_unseen(const AttentionCall& c, const Sequence& s, const Panel<A>& last, Span keys) {
+    if (c.mask.p) return keys.end - keys.begin;
+    return c.left < 0 ? 0 : max_of(0, min_of(keys.end, last.first + s.d - c.left) - keys.begin);
 }
 
 template <class A>
