@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import seqkern
-from seqkern.nn import KVCache
+from seqkern.nn import KVCache, _step
 from seqkern.ops import _backend
 from seqkern.testing_decoding import FF, E, H, S, arranged, made, prompts, small
 
@@ -45,6 +45,29 @@ def test_steps_are_the_rows_of_a_whole_pass(kind, batch_first, padded, parts):
     keep = arranged(~hidden[..., None], ours).expand_as(got)
     torch.testing.assert_close(got[keep], want[keep], rtol=1e-10, atol=1e-10)
     assert cache.lengths.tolist() == (~hidden).sum(1).tolist()
+
+
+@torch.no_grad()
+@pytest.mark.built
+@pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
+def test_generate_looks_at_each_layer_once(kind, monkeypatch):
+    """For the steps of one position: the prompt's own are several, unless it is one token."""
+    _, ours, words = made(kind, layers=3, batch_first=True)
+    looked_at = []
+    prepared = _step.prepared
+    monkeypatch.setattr(
+        _step, "prepared", lambda layer, *rest: looked_at.append(layer) or prepared(layer, *rest)
+    )
+    memory = [torch.randn(2, S, E)] if kind == "Decoder" else []
+    for prompt in (prompts((3, 2)), prompts((1, 1))):
+        looked_at.clear()
+        ours.generate(prompt, *memory, embed=words.embed, logits=words.head, max_new_tokens=5)
+        assert looked_at == list(ours.layers)
+    # a stack that somebody listens to goes by its parts, in each step anew
+    heard = []
+    ours.layers[1].linear1.register_forward_hook(lambda *_: heard.append(1))
+    ours.generate(prompts((1, 1)), *memory, embed=words.embed, logits=words.head, max_new_tokens=5)
+    assert len(heard) == 5
 
 
 @torch.no_grad()

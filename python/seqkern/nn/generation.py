@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from seqkern.nn._masks import Seen
-from seqkern.nn._step import steps
+from seqkern.nn._step import Kept, steps
 from seqkern.nn.cache import TO_COME, KVCache
 
 
@@ -112,6 +112,7 @@ def advance(
     padding: Tensor | None,
     memory: Tensor | None = None,
     memory_padding: Tensor | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """`TransformerEncoder.step` and `TransformerDecoder.step`."""
     if not isinstance(cache, KVCache):
@@ -137,7 +138,7 @@ def advance(
     rows = _batch_first(x, first)
     count = rows.shape[1]
     mask = cache.open(count, padding if padding is None else padding.view(rows.shape[:2]))
-    rows = steps(stack.layers, rows, cache, mask)
+    rows = steps(stack.layers, rows, cache, mask, kept)
     norm: Any = stack.norm
     if norm is not None:
         rows = norm(rows)
@@ -277,11 +278,11 @@ def generate(
     at = torch.arange(P, device=device)
     real = at < lengths[:, None]
     padding = None if bool(real.all()) else ~real
-    cache = KVCache(capacity=P + max(max_new_tokens - 1, 0))
+    cache, kept = KVCache(capacity=P + max(max_new_tokens - 1, 0)), Kept()
     ends = _ends(eos, device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     added = torch.full((B, max_new_tokens), pad, device=device)
-    totals = lengths.clone()
+    totals = lengths.clone() if ends is not None else lengths + max_new_tokens
 
     def run(tokens: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
         x = embed(tokens, positions)
@@ -291,7 +292,7 @@ def generate(
                 f"{[*tokens.shape, 'd_model']}, batch first"
             )
         x = x if first == 0 else x.transpose(0, 1)
-        found = advance(stack, x, cache, padding, memory, memory_padding)
+        found = advance(stack, x, cache, padding, memory, memory_padding, kept)
         return found if first == 0 else found.transpose(0, 1)
 
     last = torch.empty(0)
@@ -306,12 +307,14 @@ def generate(
                 f"generate: logits gave {list(scores.shape)}, expected [{B}, tokens of the vocabulary]"
             )
         last = choose_token(scores, temperature, top_k, top_p, generator)
+        if ends is None:
+            added[:, i] = last
+            continue
         added[:, i] = torch.where(ended, pad, last)
         totals += ~ended
-        if ends is not None:
-            ended = ended | torch.isin(last, ends)
-            if bool(ended.all()):
-                break
+        ended = ended | torch.isin(last, ends)
+        if bool(ended.all()):
+            break
     tokens = torch.full((B, P + max_new_tokens), pad, device=device)
     tokens[:, :P] = torch.where(real, prompt, pad)
     tokens.scatter_(1, lengths[:, None] + torch.arange(max_new_tokens, device=device), added)

@@ -420,7 +420,8 @@ class TransformerDecoder(nn.TransformerDecoder):
             memory: [S, B, E] ([B, S, E] with batch_first, [S, E] for one sequence).
             embed: gives the decoder's input [B, n, E] for tokens [B, n] and their positions [B, n], counted from 0
                 without padding; batch first, whatever the decoder's layout is.
-            logits: gives scores [B, V] for the decoder's output [B, E].
+            logits: gives scores [B, V] for the decoder's output [B, E]. On a CPU neither may change the layers, which
+                are looked at once for all tokens.
             max_new_tokens: the most tokens to add.
             lengths: int64 [B], how many tokens of each prompt count, where they are padded on the right.
             memory_key_padding_mask: [B, S] or [S], as in `forward`.
