@@ -151,8 +151,9 @@ def test_strides(dtype, how, L):
 @pytest.mark.parametrize(
     "options", ["plain", "everything", "bias, heads shared", "bias, queries", "alibi", "sinks"]
 )
-def test_bits_do_not_depend_on_threads(options):
-    case = make_case(B=2, Hq=4, Hkv=2, L=150, S=700, D=32, **OPTIONS[options])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
+def test_bits_do_not_depend_on_threads(dtype, options):
+    case = make_case(dtype, B=2, Hq=4, Hkv=2, L=151, S=701, D=32, **OPTIONS[options])
     found = on_threads(lambda: run(case))
     for other in found[1:]:
         for name, x in found[0].items():
@@ -302,14 +303,16 @@ def test_fully_hidden_rows_are_zero_and_take_no_gradient():
 @pytest.mark.parametrize(
     ("options", "keys"),
     [
-        ({"mask": "heads shared"}, lambda L: slice(149, 150)),
-        ({"window": (5, -1), "causal": "bottom-right"}, lambda L: slice(0, 150 - L - 5)),
-        ({"causal": "top-left", "softcap": 5.0, "dropout_p": 0.2}, lambda L: slice(L, 150)),
+        ({"mask": "heads shared"}, lambda L: slice(150, 151)),
+        ({"mask": "heads shared", "softcap": 5.0}, lambda L: slice(150, 151)),
+        ({"window": (5, -1), "causal": "bottom-right"}, lambda L: slice(0, 151 - L - 5)),
+        ({"causal": "top-left", "softcap": 5.0, "dropout_p": 0.2}, lambda L: slice(L, 151)),
     ],
-    ids=["mask", "window", "causal"],
+    ids=["mask", "mask and cap", "window", "causal"],
 )
-def test_what_no_query_sees_does_not_leak(isa, hidden, options, keys, L):
-    case = make_case(B=2, Hq=4, Hkv=2, L=L, S=150, D=16, **options)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
+def test_what_no_query_sees_does_not_leak(isa, dtype, hidden, options, keys, L):
+    case = make_case(dtype, B=2, Hq=4, Hkv=2, L=L, S=151, D=16, **options)
     arguments = (*case.tensors, *case.options)
 
     def both():
@@ -340,14 +343,15 @@ def test_where_a_value_leaks_does_not_depend_on_threads(isa, dtype, options):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("which", range(3), ids=["query", "key", "value"])
-@pytest.mark.parametrize("D", [16, 20])  # of 20 a vector reads into the next row
+@pytest.mark.parametrize("D", [16, 21])  # of 21 a vector, or a pair, would read into the next row
 @pytest.mark.parametrize("L", [7, 40])
 @pytest.mark.parametrize("added", [None, 0.0, 1.0])
-def test_what_is_not_finite_travels_as_in_torch(isa, added, L, D, which, value):
-    tensors = [torch.randn(1, 2, n, D) for n in (L, 40, 40)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
+def test_what_is_not_finite_travels_as_in_torch(isa, dtype, added, L, D, which, value):
+    tensors = [torch.randn(1, 2, n, D, dtype=dtype) for n in (L, 41, 41)]
     tensors[which][0, 1, 5, 3] = value
     if added is not None:
-        tensors.append(added * torch.randn(L, 40))
+        tensors.append(added * torch.randn(L, 41, dtype=dtype))
     want = F.scaled_dot_product_attention(*(x.double() for x in tensors))
     got = scaled_dot_product_attention(*tensors)
     assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())

@@ -23,36 +23,34 @@ struct BackwardUnit {
     E *k_right, *p_left, *ds_left, *ds_along, *last_pair;  // in pairs only
     A *k_wide, *lse_rows, *delta, *p, *ds, *cap_slope, *dk, *dv, *dq;
 
-    static unsigned long numbers(const AttentionBackward& c) {
-        return BackwardUnit(c, nullptr, nullptr).used;
-    }
-    unsigned long used = 0;
+    Arena arena;
 
-    BackwardUnit(const AttentionBackward& c, A* memory, char* shared_base)
+    static unsigned long bytes(const AttentionBackward& c) {
+        return BackwardUnit(c, nullptr, nullptr).arena.used;
+    }
+
+    BackwardUnit(const AttentionBackward& c, char* memory, char* shared_base)
         : c(c),
           plan(c),
           shared(plan.shared(c, shared_base)),
           lse(c.lse),
           ld_k(buffer_ld<A>(c.D)),
-          ld_v(buffer_ld<A>(c.Dv)) {
-        const auto take = [&](long count) {
-            A* at = memory ? memory + used : nullptr;
-            used += static_cast<unsigned long>(padded<A>(count));
-            return at;
-        };
-        const auto factors = [&](long count) { return reinterpret_cast<E*>(take(numbers_for<A, E>(count))); };
-        const auto paired = [&](long count) { return IN_PAIRS<E> ? factors(count) : nullptr; };
-        q = factors(ROWS * ld_k), g = factors(ROWS * ld_v), rows = factors(W * max_of(ld_k, ld_v));
-        columns_q = factors(columns_size<E>(c.D)), columns_g = factors(columns_size<E>(c.Dv));
-        k = factors(plan.chunk * ld_k), v = factors(plan.chunk * ld_v);
+          ld_v(buffer_ld<A>(c.Dv)),
+          arena{memory} {
+        const auto paired = [&](long count) { return IN_PAIRS<E> ? arena.take<E>(count) : nullptr; };
+        q = arena.take<E>(ROWS * ld_k), g = arena.take<E>(ROWS * ld_v);
+        rows = arena.take<E>(W * max_of(ld_k, ld_v));
+        columns_q = arena.take<E>(columns_size<E>(c.D)), columns_g = arena.take<E>(columns_size<E>(c.Dv));
+        k = arena.take<E>(plan.chunk * ld_k), v = arena.take<E>(plan.chunk * ld_v);
         k_right = paired(plan.chunk * ld_k), last_pair = paired(right_ld<E>(c.D));
         p_left = paired(plan.chunk * ROWS), ds_left = paired(plan.chunk * ROWS),
         ds_along = paired(plan.chunk * ROWS);
-        k_wide = IN_PAIRS<E> ? take(plan.chunk * ld_k) : reinterpret_cast<A*>(k);
-        lse_rows = take(W), delta = take(ROWS);
-        p = take(plan.chunk * LD), ds = take(plan.chunk * LD);
-        cap_slope = c.softcap > 0 ? take(plan.chunk * LD) : nullptr;
-        dk = take(plan.chunk * ld_k), dv = take(plan.chunk * ld_v), dq = take(ROWS * ld_k);
+        k_wide = IN_PAIRS<E> ? arena.take<A>(plan.chunk * ld_k) : reinterpret_cast<A*>(k);
+        lse_rows = arena.take<A>(W), delta = arena.take<A>(ROWS);
+        p = arena.take<A>(plan.chunk * LD), ds = arena.take<A>(plan.chunk * LD);
+        cap_slope = c.softcap > 0 ? arena.take<A>(plan.chunk * LD) : nullptr;
+        dk = arena.take<A>(plan.chunk * ld_k), dv = arena.take<A>(plan.chunk * ld_v);
+        dq = arena.take<A>(ROWS * ld_k);
     }
 
     // delta and the sinks' gradient of one head; clears what is added to.
@@ -467,8 +465,8 @@ unsigned long attention_backward_bytes(const AttentionBackward& c) {
 
 template <class A, class S>
 void attention_backward_run(const AttentionBackward& c, char* shared_base, const Team& team) {
-    Scratch scratch(sizeof(A) * BackwardUnit<A, S>::numbers(c));
-    A* memory = static_cast<A*>(scratch.p);
+    Scratch scratch(BackwardUnit<A, S>::bytes(c));
+    char* memory = static_cast<char*>(scratch.p);
     const BackwardPlan<A> plan(c);
     const auto shared = plan.shared(c, shared_base);
     if (team.thread == 0) {

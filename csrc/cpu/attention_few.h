@@ -198,8 +198,8 @@ SK_INLINE long queries_together(long left) {
     return left == 2 || (M == 3 && left == 4) ? 2 : left >= M ? M : 1;
 }
 
-// out[m]: lanes that add up to row . q[m], of NV vectors. What dot_chains does for a row of any size takes a
-// third longer in the second-level cache.
+// What dot_chains does for a row of any size, without a loop: out[m] has lanes that add up to row . q[m], of
+// NV vectors.
 template <class A, int M, int NV>
 SK_INLINE void dots_of_row(const A* row, const A* q, Vec<A> (*out)[1]) {
     constexpr long n = Simd<A>::n, ld = NV * n + n;  // as buffer_ld

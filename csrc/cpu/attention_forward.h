@@ -182,24 +182,19 @@ struct ForwardUnit {
     A *rows, *tile, *v, *own;
     E *columns, *k, *left, *right, *last_pair;  // the last three: weights and values in pairs
     Panel<A> panels[MOST];
-    unsigned long used = 0;  // numbers of memory
+    Arena arena;
 
-    static unsigned long numbers(const AttentionForward& c) { return ForwardUnit(c, nullptr).used; }
+    static unsigned long bytes(const AttentionForward& c) { return ForwardUnit(c, nullptr).arena.used; }
 
-    ForwardUnit(const AttentionForward& c, A* memory) : c(c), plan(c) {
-        const auto take = [&](long count) {
-            A* p = memory ? memory + used : nullptr;
-            used += static_cast<unsigned long>(padded<A>(count));
-            return p;
-        };
-        const auto factors = [&](long count) { return reinterpret_cast<E*>(take(numbers_for<A, E>(count))); };
+    ForwardUnit(const AttentionForward& c, char* memory) : c(c), plan(c), arena{memory} {
         const long ld_k = buffer_ld<A>(c.D), ld_v = buffer_ld<A>(c.Dv);
-        columns = factors(MOST * columns_size<E>(c.D));
-        rows = take(W * ld_k), tile = take(KEYS * W), k = factors(KEYS * ld_k), v = take(KEYS * ld_v);
-        left = IN_PAIRS<E> ? factors(KEYS * W) : nullptr;
-        right = IN_PAIRS<E> ? factors(KEYS * ld_v) : nullptr;
-        last_pair = IN_PAIRS<E> ? factors(right_ld<E>(c.Dv)) : nullptr;
-        own = take(MOST * plan.panel_size());
+        columns = arena.take<E>(MOST * columns_size<E>(c.D));
+        rows = arena.take<A>(W * ld_k), tile = arena.take<A>(KEYS * W);
+        k = arena.take<E>(KEYS * ld_k), v = arena.take<A>(KEYS * ld_v);
+        left = IN_PAIRS<E> ? arena.take<E>(KEYS * W) : nullptr;
+        right = IN_PAIRS<E> ? arena.take<E>(KEYS * ld_v) : nullptr;
+        last_pair = IN_PAIRS<E> ? arena.take<E>(right_ld<E>(c.Dv)) : nullptr;
+        own = arena.take<A>(MOST * plan.panel_size());
     }
 
     // What the last block of a unit asks for: the first keys and values of another one.

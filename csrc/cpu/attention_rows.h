@@ -133,12 +133,6 @@ using FactorOf = typename FactorsOf<A, S>::E;
 template <class E>
 constexpr bool IN_PAIRS = Factor<E>::depth > 1;
 
-// Numbers of A that hold as many of E.
-template <class A, class E>
-SK_INLINE constexpr long numbers_for(long count) {
-    return ceil_div(count * static_cast<long>(sizeof(E)), sizeof(A));
-}
-
 // Rows that a matmul can read where they lie. Rows a large power of two apart would share a few cache sets:
 // of tiles with few registers, which read a row more often, fewer apart than of others.
 template <class E, class S>

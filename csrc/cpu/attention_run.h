@@ -23,23 +23,22 @@ void attention_forward_run(const AttentionForward& c, char* shared, const Team& 
         if (!all_ready(team, memory)) return;
         return ShortRows<A, S>{c, memory}.run(team);
     }
-    constexpr unsigned long n = Simd<A>::n;
-    const unsigned long own = ForwardUnit<A, S>::numbers(c);
-    unsigned long numbers = own;
+    const unsigned long own = ForwardUnit<A, S>::bytes(c);
+    unsigned long bytes = own;
     const bool keeps = KeptWeights<A, S>::serves(c);
     if (keeps)
-        numbers += KeptWeights<A, S>(c, nullptr).numbers() + n;
-    else if (c.weights.p && WeightsUnit<A, S>::numbers(c) > numbers)
-        numbers = WeightsUnit<A, S>::numbers(c);
-    Scratch scratch(sizeof(A) * numbers);
-    A* memory = static_cast<A*>(scratch.p);
+        bytes += sizeof(A) * KeptWeights<A, S>(c, nullptr).numbers();
+    else if (c.weights.p && WeightsUnit<A, S>::bytes(c) > bytes)
+        bytes = WeightsUnit<A, S>::bytes(c);
+    Scratch scratch(bytes);
+    char* memory = static_cast<char*>(scratch.p);
     long* next = reinterpret_cast<long*>(shared);
     if (team.thread == 0) next[0] = next[1] = next[2] = 0;
     if (!all_ready(team, memory)) return;
     Barrier* all = &team.barriers[team.threads];
     ForwardUnit<A, S> unit(c, memory);
     if (keeps) {
-        const KeptWeights<A, S> weights(c, memory + (own + n - 1) / n * n);
+        const KeptWeights<A, S> weights(c, reinterpret_cast<A*>(memory + own));
         for (long u; (u = take_ticket(next)) < weights.units();) weights.run(u, unit);
         return;
     }

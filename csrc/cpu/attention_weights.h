@@ -84,19 +84,14 @@ struct WeightsUnit {
     const AttentionForward& c;
     E *rows, *k, *columns;  // columns, lse: of each head that is added up
     A *tile, *sum, *lse_rows;
-    unsigned long used = 0;  // numbers of memory
+    Arena arena;
 
-    static unsigned long numbers(const AttentionForward& c) { return WeightsUnit(c, nullptr).used; }
-    WeightsUnit(const AttentionForward& c, A* memory) : c(c) {
-        const auto take = [&](long count) {
-            A* p = memory ? memory + used : nullptr;
-            used += static_cast<unsigned long>(padded<A>(count));
-            return p;
-        };
-        const auto factors = [&](long count) { return reinterpret_cast<E*>(take(numbers_for<A, E>(count))); };
+    static unsigned long bytes(const AttentionForward& c) { return WeightsUnit(c, nullptr).arena.used; }
+    WeightsUnit(const AttentionForward& c, char* memory) : c(c), arena{memory} {
         const long heads = c.mean ? c.Hq : 1, ld = buffer_ld<A>(c.D);
-        rows = factors(W * ld), tile = take(KEYS * W), sum = take(KEYS * W), k = factors(KEYS * ld);
-        columns = factors(heads * columns_size<E>(c.D)), lse_rows = take(heads * W);
+        rows = arena.take<E>(W * ld), tile = arena.take<A>(KEYS * W), sum = arena.take<A>(KEYS * W);
+        k = arena.take<E>(KEYS * ld);
+        columns = arena.take<E>(heads * columns_size<E>(c.D)), lse_rows = arena.take<A>(heads * W);
     }
 
     // The queries first.. of heads [from, to), their weights added up.
